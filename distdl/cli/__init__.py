@@ -1,0 +1,18 @@
+"""The `distdl` command. Parses, calls, and maps errors to exit codes; see errors.py for those."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    """Console entry point. Ends the process with the command's exit code."""
+    if len(sys.argv) > 1 and sys.argv[1] in ("launch", "train"):
+        # Until their own handlers stand, a request to stop ends these commands as "nothing to save".
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: os._exit(143))
+    from distdl.cli.commands import run
+
+    sys.exit(run())

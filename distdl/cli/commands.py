@@ -1,0 +1,167 @@
+"""The commands. Heavy imports happen inside them, so that `distdl plan` needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from distdl import __version__, errors
+from distdl.errors import DistdlError
+from distdl.plan import Plan, make_plan
+from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
+from distdl.topology import Topology, visible_gpus
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Write a training run once; run it on any hardware, through any failure, and get the same run.",
+)
+
+Config = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads this at run time on Python 3.10
+    typer.Argument(help="Keys to change, such as optim.lr=0.05."),
+]
+Procs = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Processes on this machine; default: launch.procs, or one a GPU."),
+]
+AllowChanged = Annotated[
+    bool, typer.Option("--allow-changed", help="Go on from a checkpoint of another recipe.")
+]
+
+
+def run() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        result = app(standalone_mode=False)
+    except DistdlError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except Exception as error:
+        return _usage(error)
+    return result if isinstance(result, int) else errors.DONE
+
+
+def _usage(error: Exception) -> int:
+    """Errors of the command line itself, in typer's own words. Anything else is ours and keeps its trace."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return errors.USAGE
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    procs: Procs = None,
+    engine: Annotated[Optional[str], typer.Option(help="Short for hardware.engine=NAME.")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    allow_changed: AllowChanged = False,
+) -> int:
+    """Train on this machine with several processes; restart them from the last checkpoint if they fail."""
+    recipe = load_recipe(config, [*(overrides or []), *([f"hardware.engine={engine}"] if engine else [])])
+    plan = _plan(recipe, 1, procs)
+    if dry_run:
+        _show_plan(recipe, plan)
+        return errors.DONE
+    from distdl.data.prepare import prepare
+    from distdl.record import RunDirectory
+
+    directory = RunDirectory(recipe.run.dir or "runs/unnamed")
+    directory.create()
+    with directory.lock():
+        prepare(recipe.data.name, recipe.data.path)
+        from distdl.launch.local import launch as launch_local
+
+        return launch_local(recipe, plan, directory, allow_changed=allow_changed)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> int:
+    """Train as one process: alone, or as one rank under torchrun, srun or mpirun."""
+    recipe, topology = load_recipe(config, overrides or []), Topology.from_env(os.environ)
+    from distdl.train.process import Options, exit_code_for, train_process
+
+    code = train_process(recipe, topology, Options(allow_changed=allow_changed))
+    return exit_code_for(topology)(code)
+
+
+@app.command("eval")
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A checkpoint folder; default: the newest valid one of the run."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> int:
+    """Evaluate a checkpoint on every evaluation row, exactly once, with one process or many."""
+    recipe, topology = load_recipe(config, overrides or []), Topology.from_env(os.environ)
+    from distdl.train.evaluation import evaluate_process
+
+    return evaluate_process(recipe, topology, checkpoint, as_json=as_json)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
+    procs: Annotated[Optional[int], typer.Option(min=1, help="Processes a node.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> int:
+    """Print what would happen, on a machine that need not be able to do it. Imports no torch."""
+    recipe = load_recipe(config, overrides or [])
+    decided = _plan(recipe, nodes, procs)
+    if as_json:
+        print(json.dumps(decided.as_dict(), indent=2))  # noqa: T201
+    else:
+        _show_plan(recipe, decided)
+    return errors.DONE
+
+
+@app.command()
+def schema() -> int:
+    """Print the JSON Schema of recipes, for editors."""
+    print(json.dumps(json_schema(), indent=2))  # noqa: T201
+    return errors.DONE
+
+
+@app.command()
+def version() -> int:
+    """Print the version."""
+    print(__version__)  # noqa: T201
+    return errors.DONE
+
+
+def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:
+    from distdl.data import describe
+
+    gpus = visible_gpus(os.environ)
+    if procs is None:
+        procs = max(gpus, 1) if recipe.launch.procs == "auto" else recipe.launch.procs
+    info = describe(recipe.data.name, recipe.data.path)
+    return make_plan(recipe, Topology.of(nodes, procs, gpus=gpus), info)
+
+
+def _show_plan(recipe: Recipe, decided: Plan) -> None:
+    from distdl.observe.console import show
+    from distdl.observe.plan_table import plan_rows
+
+    show("plan", {"recipe": recipe_hash(recipe)} | plan_rows(decided))

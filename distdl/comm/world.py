@@ -1,0 +1,96 @@
+"""`World`: who I am among the ranks, and how the ranks exchange small values.
+
+Small values (flags, counts, errors, file hashes) always travel over a CPU group, so that no flag costs a GPU
+synchronisation. They are JSON on the wire: nothing received from another process is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Json = Any
+"""What `json.dumps` takes: None, bool, int, float, str, and lists and string-keyed dicts of these."""
+
+
+class World:
+    """The ranks of one run. Size 1 needs no process group and communicates with nobody.
+
+    Every method is a collective: all ranks call it, in the same order, and it blocks until they have.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the one that writes what is written once."""
+        return self.rank == 0
+
+    def sum_ints(self, values: list[int]) -> list[int]:
+        """The element-wise sum over ranks of a short list of integers (same length on every rank)."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor)
+        return [int(v) for v in tensor.tolist()]
+
+    def gather(self, value: Json) -> list[Json]:
+        """Every rank's `value`, in rank order, on every rank. Values may differ in size."""
+        if self.size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([payload.numel()], dtype=torch.int64))
+        longest = int(max(int(s) for s in sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [json.loads(p[: int(s)].numpy().tobytes()) for p, s in zip(parts, sizes, strict=True)]
+
+    def from_main(self, value: Json) -> Json:
+        """Rank 0's `value`, on every rank; what the others pass is ignored."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def gather_rows(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Concatenate every rank's `rows` ([n_r, k], one dtype, on CPU) in rank order, on every rank.
+
+        `counts` is n_r by rank, known to all beforehand, so that this is one collective.
+        """
+        if self.size == 1:
+            return rows
+        padded = rows.new_zeros((max(counts), rows.shape[1]))
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.sum_ints([0])
+
+
+def join(rank: int, size: int, device: str, timeout_s: float, store: dist.Store | None = None) -> World:
+    """Form the process group of a run and return its `World`. All ranks call it; blocks until all have.
+
+    Without `store`, the rendezvous is read from MASTER_ADDR and MASTER_PORT, as torchrun and `distdl launch`
+    set them. CPU tensors always go over gloo; CUDA tensors over nccl.
+    """
+    if size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, rank=rank, world_size=size, store=store, timeout=timedelta(seconds=timeout_s)
+        )
+    return World(rank, size)
+
+
+def leave() -> None:
+    """Take this process out of the group, if it is in one. Not called while an exception unwinds."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

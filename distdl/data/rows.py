@@ -1,0 +1,55 @@
+"""`Rows`: what the loader needs of a split, whatever it is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distdl.errors import DataError
+
+Batch = dict[str, npt.NDArray[Any]]
+"""Columns of gathered rows: name -> array whose first axis is the row."""
+
+
+class Rows(Protocol):
+    """The rows of one split, read by number."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, ids: npt.NDArray[np.int64]) -> Batch:
+        """Rows `ids` (any order, repeats allowed), in that order; fresh, writable, C-contiguous arrays.
+
+        Raises DataError for an id outside 0 .. len - 1.
+        """
+        ...
+
+
+class ArrayRows:
+    """Rows held in memory: the shipped stand-in for a prepared dataset, for tests and benchmarks."""
+
+    def __init__(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        lengths = {name: len(array) for name, array in columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"columns need one common length; they have {lengths}")
+        self._columns = dict(columns)
+        self._rows = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def gather(self, ids: npt.NDArray[np.int64]) -> Batch:
+        """See `Rows.gather`."""
+        check_ids(ids, self._rows)
+        return {name: array[ids] for name, array in self._columns.items()}
+
+
+def check_ids(ids: npt.NDArray[np.int64], rows: int) -> None:
+    """Refuse ids that are not row numbers: numpy would read a negative one from the end."""
+    if ids.size and not (ids.min() >= 0 and ids.max() < rows):
+        raise DataError(
+            f"row ids {ids.min()} to {ids.max()} asked for; the split has {rows} rows, 0 to {rows - 1}. "
+            "Was the dataset changed after the plan was made?"
+        )

@@ -1,0 +1,92 @@
+"""BatchNorm whose running statistics do not depend on who computed which microbatch.
+
+Each microbatch is normalised by itself, as always. The running statistics are updated once a step, with the
+count-weighted mean of the microbatches' statistics added in tree order, so that they are the same, to the
+bit, at any world size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distdl.comm import World
+from distdl.comm.tree import tree_sum
+
+
+class RunningStatistics:
+    """Takes over the running statistics of every BatchNorm in a model.
+
+    A module's momentum is set to 1, so that a forward leaves the microbatch's own statistics in its buffers;
+    a hook takes them from there and puts the true ones back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self._momentum = [m.momentum for m in self._modules]
+        self._true: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
+        self._current: dict[nn.Module, Tensor] = {}
+        self._captured: list[Tensor] = []
+        for module in self._modules:
+            module.momentum = 1.0
+            module.register_forward_pre_hook(self._before)
+            module.register_forward_hook(self._after)
+
+    def microbatch_done(self, count: int, weight: int) -> None:
+        """Close one microbatch; what it left counts `count`, or nothing where `weight` is 0."""
+        if weight and self._modules:
+            head = torch.tensor([float(count)], dtype=torch.float64)
+            found = [self._current.get(m, _statistics(m)) for m in self._modules]
+            self._captured.append(torch.cat([head, *(t.double().cpu() for t in found)]))
+        self._current = {}
+
+    def discard(self) -> None:
+        """Forget this step's microbatches: the step was skipped."""
+        self._captured = []
+
+    def update(self, world: World, counts: list[int]) -> None:
+        """Collective. Move the running statistics by one step; `counts` is real microbatches by rank."""
+        if not self._modules:
+            return
+        width = 1 + sum(2 * m.num_features for m in self._modules)
+        mine = torch.stack(self._captured) if self._captured else torch.empty((0, width), dtype=torch.float64)
+        self._captured = []
+        rows = world.gather_rows(mine, counts)
+        total = tree_sum([row[:1] for row in rows])
+        mean = tree_sum([row[0] * row[1:] for row in rows]) / total
+        self._move(mean)
+
+    def _move(self, mean: Tensor) -> None:
+        parts = iter(mean.split([n for m in self._modules for n in (m.num_features,) * 2]))
+        for module, momentum in zip(self._modules, self._momentum, strict=True):
+            running_mean, running_var, steps = _buffers(module)
+            steps += 1
+            rate = momentum if momentum is not None else 1.0 / float(steps)
+            for buffer in (running_mean, running_var):
+                buffer.lerp_(next(parts).to(buffer.device, buffer.dtype), rate)
+
+    def _before(self, module: Any, _inputs: Any) -> None:
+        if module.training:
+            self._true[module] = _buffers(module)
+            # Fresh buffers, not copies: backward keeps those that forward saw and refuses if they change.
+            module.running_mean = torch.zeros_like(module.running_mean)
+            module.running_var = torch.zeros_like(module.running_var)
+            module.num_batches_tracked = torch.zeros_like(module.num_batches_tracked)
+
+    def _after(self, module: Any, _inputs: Any, _output: Any) -> None:
+        if module.training:
+            # The first pass counts; a recomputation during backward runs the module again.
+            self._current.setdefault(module, _statistics(module))
+            module.running_mean, module.running_var, module.num_batches_tracked = self._true.pop(module)
+
+
+def _buffers(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return module.running_mean, module.running_var, module.num_batches_tracked
+
+
+def _statistics(module: nn.Module) -> Tensor:
+    mean, var, _ = _buffers(module)
+    return torch.cat([mean, var]).detach()

@@ -1,0 +1,156 @@
+"""torch's elastic agent with distdl's manners: see `RunAgent`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+from distdl.launch.failure import write_failure
+from distdl.launch.worker import WorkOrder
+from distdl.record import Heartbeat, RunDirectory
+from distdl.train.stop import REQUESTS
+
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Casualty:
+    """A worker that ended badly before the launcher ended the others. Negative `exitcode`: the signal."""
+
+    rank: int
+    pid: int
+    exitcode: int
+
+
+class StoppedWhileDown(Exception):
+    """A stop was asked for and the workers are down: there is nothing to restart."""
+
+
+class WorkerLogs(LogsSpecs):
+    """Workers redirect their own output (launch/logs.py); the agent only needs a place for its error files."""
+
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        none = dict.fromkeys(envs, "")
+        errors = {rank: str(self._folder() / f".elastic-error-{rank}.json") for rank in envs}
+        return LogsDest(dict(none), dict(none), dict(none), dict(none), errors)
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._folder())
+
+
+class RunAgent(LocalElasticAgent):
+    """Restarts workers with a budget, forwards requests to stop, and leaves nobody behind.
+
+    Where it differs from its parent: each attempt has a folder; survivors of a crash are ended at once with
+    SIGKILL, so that SIGTERM only ever means a request to stop; a step gained beyond all earlier attempts
+    refills the restart budget; signals are held back while workers are being started and are then passed on,
+    so that none is lost.
+    """
+
+    def __init__(self, spec: WorkerSpec, directory: RunDirectory, order: Callable[[Path], WorkOrder]) -> None:
+        super().__init__(spec, WorkerLogs(lambda: self.attempt), start_method="forkserver")
+        self._directory = directory
+        self._order = order
+        self._furthest = 0
+        self._interrupts = 0
+        self.attempt = directory.path
+        self.stop_signal: signal.Signals | None = None
+        self.casualties: list[Casualty] = []
+        self.failure: dict[str, Any] | None = None
+
+    def install_handlers(self) -> None:
+        """Take over the signals that ask for a stop. A second Ctrl-C ends everything at once."""
+        for number in REQUESTS:
+            signal.signal(number, self._on_request)
+
+    def _on_request(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self._kill_workers()
+            os._exit(130)
+        self.stop_signal = self.stop_signal or signal.Signals(number)
+        self._pass_on(signal.Signals(number))
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        for pid in self._pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _pids(self) -> list[int]:
+        if self._pcontext is None:
+            return []
+        processes = self._pcontext._pc.processes if self._pcontext._pc else []  # type: ignore[attr-defined]
+        return [p.pid for p in processes if p.is_alive()]
+
+    def _kill_workers(self) -> None:
+        self._pass_on(signal.SIGKILL)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self.stop_signal is not None:
+            raise StoppedWhileDown
+        # Workers, and the fork server they come from, are born with these signals blocked and let them in
+        # once their handlers stand. The parent class installs handlers of its own meanwhile.
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+        try:
+            self.attempt = self._directory.new_attempt()
+            worker_group.spec.args = (self._order(self.attempt),)
+            started = super()._start_workers(worker_group)
+        finally:
+            self.install_handlers()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+        if self.stop_signal is not None:
+            self._pass_on(self.stop_signal)
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self.casualties = self._find_casualties()
+        if self.casualties:
+            self._kill_workers()
+            self._note_failure()
+        return super()._monitor_workers(worker_group)
+
+    def _find_casualties(self) -> list[Casualty]:
+        processes = self._pcontext._pc.processes if self._pcontext and self._pcontext._pc else []  # type: ignore[attr-defined]
+        return [Casualty(i, p.pid, p.exitcode) for i, p in enumerate(processes) if p.exitcode]
+
+    def _note_failure(self) -> None:
+        self.failure = write_failure(self.attempt, self.casualties)
+        step, _, _ = Heartbeat.read(self.attempt / "heartbeat")
+        gained, self._furthest = step > self._furthest, max(step, self._furthest)
+        if gained:
+            self._remaining_restarts = self._worker_group.spec.max_restarts
+        facts = {k: self.failure[k] for k in ("rank", "cause", "step", "phase")}
+        left = self._remaining_restarts
+        self._directory.event("rank_failed", **facts, attempt=self.attempt.name, restarts_left=left)
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if self.stop_signal is not None:
+            raise StoppedWhileDown
+        assert self.failure is not None
+        text = f"[rank {self.failure['rank']}] {self.failure['cause']}; restarting from the last checkpoint"
+        print(text, flush=True)  # noqa: T201
+        self._directory.event("restart", after=self.attempt.name)
+        super()._restart_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(signal.SIGKILL)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
+        super()._shutdown(signal.SIGKILL, timeout)

@@ -1,0 +1,30 @@
+"""A plan in words."""
+
+from __future__ import annotations
+
+from distdl.plan import Plan
+
+
+def plan_rows(p: Plan) -> dict[str, str]:
+    """Name -> value, in the order a person asks: where, how the batch is shared, how long, how often."""
+    shares = sorted(set(p.shares), reverse=True)
+    each = " or ".join(map(str, shares))
+    balance = f" ({p.balance:.0%} of the processes' time is used)" if p.balance < 1 else ""
+    rows = {
+        "processes": f"{p.world_size} on {p.nodes} node(s), engine {p.engine}",
+        "device": f"{p.device}, {p.precision}, {p.threads} CPU thread(s) a process",
+        "step": f"{p.global_batch} samples = {p.microbatches} microbatches of {p.micro_batch}",
+        "each process": f"{each} microbatches a step{balance}",
+        "epoch": f"{p.train_rows:,} rows = {p.steps_per_epoch} steps",
+        "last step of an epoch": f"{p.last_batch} samples",
+        "run": f"{p.total_steps:,} steps ({p.total_steps / p.steps_per_epoch:.2f} epochs)",
+        "evaluation": f"{p.eval_rows:,} rows, {_every(p.eval_every)}",
+        "checkpoint": _every(p.save_every),
+    }
+    if p.dropped_rows:
+        rows["dropped"] = f"{p.dropped_rows} rows an epoch (data.drop_last)"
+    return rows
+
+
+def _every(steps: int | None) -> str:
+    return f"every {steps} steps and at the end" if steps else "at the end"

@@ -1,0 +1,248 @@
+"""(Recipe, Topology, DataInfo) -> Plan: every decision that needs more than one of them. Pure, torch-free.
+
+Later code obeys the plan and decides nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from distdl.capabilities import ENGINES
+from distdl.errors import DataError, PlanError
+from distdl.topology import Topology
+
+if TYPE_CHECKING:
+    from distdl.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column of a dataset. `shape` and `dtype` are those of one row; `num_classes` for class labels."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What the plan and the model need to know about a dataset, read from its index alone."""
+
+    name: str
+    rows: Mapping[str, int]
+    fields: Mapping[str, Field]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One microbatch: its number in the step, and the positions [start, stop) of the epoch it holds.
+
+    `weight` is 1, or 0 for a repeat that a rank runs only so that it takes part in the communication.
+    """
+
+    number: int
+    start: int
+    stop: int
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision of a run. Steps count optimiser steps of the whole world, never of a rank."""
+
+    engine: str
+    device: str
+    precision: str
+    threads: int
+    nodes: int
+    world_size: int
+    global_batch: int
+    micro_batch: int
+    train_rows: int
+    eval_rows: int
+    steps_per_epoch: int
+    total_steps: int
+    dropped_rows: int
+    eval_every: int | None
+    save_every: int | None
+
+    @property
+    def microbatches(self) -> int:
+        """M: microbatches in a full step."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def last_batch(self) -> int:
+        """Samples in the last step of an epoch."""
+        used = self.train_rows - self.dropped_rows
+        return used - (self.steps_per_epoch - 1) * self.global_batch
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Microbatches of a full step that each rank computes, by rank."""
+        pairs = (share(self.microbatches, r, self.world_size) for r in range(self.world_size))
+        return tuple(hi - lo for lo, hi in pairs)
+
+    @property
+    def balance(self) -> float:
+        """Useful work over time held: 1.0 where all ranks compute equally many microbatches."""
+        return self.microbatches / (max(self.shares) * self.world_size)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that step number `step` (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def step_size(self, step: int) -> int:
+        """Samples in step number `step`."""
+        last = step % self.steps_per_epoch == self.steps_per_epoch - 1
+        return self.last_batch if last else self.global_batch
+
+    def counts(self, step: int) -> list[int]:
+        """How many real microbatches each rank computes in step number `step`, by rank."""
+        total = -(-self.step_size(step) // self.micro_batch)
+        return [hi - lo for lo, hi in (share(total, r, self.world_size) for r in range(self.world_size))]
+
+    def microbatches_of(self, step: int, rank: int) -> list[Microbatch]:
+        """What `rank` computes in step number `step`. Which microbatches exist does not depend on ranks."""
+        first = step % self.steps_per_epoch * self.global_batch
+        end = first + self.step_size(step)
+        total = -(-(end - first) // self.micro_batch)
+        lo, hi = share(total, rank, self.world_size)
+        real = [self._microbatch(i, first, end) for i in range(lo, hi)]
+        if real or not ENGINES[self.engine].needs_one:
+            return real
+        repeat = self._microbatch(total - 1, first, end)
+        return [Microbatch(repeat.number, repeat.start, repeat.stop, weight=0)]
+
+    def _microbatch(self, number: int, first: int, end: int) -> Microbatch:
+        start = first + number * self.micro_batch
+        return Microbatch(number, start, min(start + self.micro_batch, end))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with the derived ones, for plan.json."""
+        derived = {
+            "microbatches": self.microbatches,
+            "shares": list(self.shares),
+            "balance": self.balance,
+            "last_batch": self.last_batch,
+        }
+        return asdict(self) | derived
+
+
+def share(items: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The contiguous run [lo, hi) of `items` that `rank` takes; sizes differ by at most one."""
+    base, extra = divmod(items, world_size)
+    lo = rank * base + min(rank, extra)
+    return lo, lo + base + (rank < extra)
+
+
+def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
+    """Settle everything, or raise PlanError (DataError for unsuitable data) with the nearest valid numbers."""
+    batch, train = recipe.batch, recipe.train
+    _check_batch(batch.global_, batch.micro)
+    _check_world(batch.global_, batch.micro, topology.world_size)
+    train_rows = _rows(data, recipe.data.train_split, "data.train_split")
+    eval_rows = _rows(data, recipe.data.eval_split, "data.eval_split")
+    dropped = train_rows % batch.global_ if recipe.data.drop_last else 0
+    if train_rows - dropped == 0:
+        raise PlanError(
+            f"data.drop_last drops all {train_rows} training rows, fewer than batch.global = "
+            f"{batch.global_}: set batch.global to at most {train_rows}, or data.drop_last to false"
+        )
+    per_epoch = -(-(train_rows - dropped) // batch.global_)
+    bounds = [train.epochs * per_epoch if train.epochs else None, train.max_steps]
+    total = min(b for b in bounds if b is not None)
+    device = _device(recipe, topology)
+    _check_engine(recipe, device)
+    return Plan(
+        engine=recipe.hardware.engine,
+        device=device,
+        precision=train.precision,
+        threads=_threads(recipe, topology, device),
+        nodes=topology.nodes,
+        world_size=topology.world_size,
+        global_batch=batch.global_,
+        micro_batch=batch.micro,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        dropped_rows=dropped,
+        eval_every=_every(recipe.eval.every_steps, recipe.eval.every_epochs, per_epoch),
+        save_every=_every(recipe.checkpoint.every_steps, recipe.checkpoint.every_epochs, per_epoch),
+    )
+
+
+def _every(steps: int | None, epochs: int | None, per_epoch: int) -> int | None:
+    return steps if steps else epochs * per_epoch if epochs else None
+
+
+def _threads(recipe: Recipe, topology: Topology, device: str) -> int:
+    if recipe.hardware.threads != "auto":
+        return recipe.hardware.threads
+    return max(1, topology.cpus // topology.local_world_size)
+
+
+def _device(recipe: Recipe, topology: Topology) -> str:
+    wanted = recipe.hardware.device
+    if wanted == "auto":
+        return "cuda" if topology.gpus >= topology.local_world_size else "cpu"
+    if wanted == "cuda" and topology.launcher != "planned" and topology.gpus < topology.local_world_size:
+        raise PlanError(
+            f"hardware.device = 'cuda' with {topology.local_world_size} processes on this node, which has "
+            f"{topology.gpus} GPUs: use --procs {max(topology.gpus, 1)}, or hardware.device=cpu"
+        )
+    return wanted
+
+
+def _rows(data: DataInfo, split: str, key: str) -> int:
+    if split not in data.rows:
+        raise DataError(
+            f"{key} = {split!r}: dataset {data.name!r} has no such split; it has {', '.join(data.rows)}"
+        )
+    if data.rows[split] == 0:
+        raise DataError(f"{key} = {split!r}: this split of dataset {data.name!r} is empty")
+    return data.rows[split]
+
+
+def _check_batch(total: int, micro: int) -> None:
+    if total % micro == 0:
+        return
+    below, above = total // micro * micro, (total // micro + 1) * micro
+    totals = " or ".join(str(n) for n in (below, above) if n)
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    micros = sorted(sorted(divisors, key=lambda d: (abs(d - micro), d))[:2])
+    raise PlanError(
+        f"batch.global = {total} is not a multiple of batch.micro = {micro}: nearest valid are "
+        f"batch.global = {totals}, or batch.micro = {' or '.join(map(str, micros))}"
+    )
+
+
+def _check_world(total: int, micro: int, world_size: int) -> None:
+    count = total // micro
+    if world_size <= count:
+        return
+    fitting = [d for d in range(1, micro + 1) if total % d == 0 and total // d >= world_size]
+    smaller = f", or batch.micro = {fitting[-1]} ({total // fitting[-1]} microbatches)" if fitting else ""
+    raise PlanError(
+        f"{world_size} processes for {count} microbatches (batch.global = {total} / batch.micro = {micro}): "
+        f"each process needs at least one. Use at most {count} processes{smaller}. "
+        "Mind that batch.micro is part of the mathematics where the model has BatchNorm"
+    )
+
+
+def _check_engine(recipe: Recipe, device: str) -> None:
+    can = ENGINES[recipe.hardware.engine]
+    for key, value, allowed in (
+        ("hardware.device", device, can.devices),
+        ("train.precision", recipe.train.precision, can.precisions),
+    ):
+        if value not in allowed:
+            able = [name for name, c in ENGINES.items() if value in (*c.devices, *c.precisions)]
+            raise PlanError(
+                f"engine {recipe.hardware.engine!r} cannot do {key} = {value!r} (it does "
+                f"{', '.join(allowed)}); engines that can: {', '.join(able) or 'none'}"
+            )

@@ -1,0 +1,48 @@
+"""Tasks by name, or a user's own by import path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from distdl.errors import RecipeError
+from distdl.imports import call_with_known, import_attribute
+from distdl.plan import DataInfo
+from distdl.tasks.base import Batch, Rows, Task
+from distdl.tasks.image_classification import ImageClassification
+
+__all__ = ["BUILT_IN", "Batch", "Rows", "Task", "build_task"]
+
+BUILT_IN: dict[str, Callable[..., Task]] = {"image_classification": ImageClassification}
+
+_PARTS = ("build_model", "collate", "count", "loss_sum", "metric_sums")
+
+
+def build_task(
+    name: str, keys: dict[str, Any], make_model: Callable[..., nn.Module], data_info: DataInfo
+) -> Task:
+    """The task that recipe section `task` names. Raises RecipeError when it cannot be imported or built.
+
+    A user's task is called with the keys of the recipe and those of `make_model` and `data_info` that it
+    has parameters for.
+    """
+    offered: dict[str, Any] = {"make_model": make_model, "data_info": data_info}
+    if name in BUILT_IN:
+        return BUILT_IN[name](**offered, **keys)
+    factory = import_attribute(name, "task.name")
+    try:
+        task = call_with_known(factory, offered, keys)
+    except TypeError as error:
+        raise RecipeError(
+            f"task.name = {name!r}: calling it with {sorted(keys)} of the recipe failed: {error}"
+        ) from error
+    missing = [part for part in _PARTS if not callable(getattr(task, part, None))]
+    if missing:
+        raise RecipeError(
+            f"task.name = {name!r}: a task needs {', '.join(missing)}; see docs/bring-your-own.md"
+        )
+    if not hasattr(task, "image_field"):
+        task.image_field = None
+    return task  # type: ignore[no-any-return]

@@ -1,0 +1,40 @@
+"""`Task`: what a user writes to train something new."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+Rows = dict[str, np.ndarray[Any, Any]]
+"""Gathered columns, [n, ...] each, dtype as stored."""
+
+Batch = dict[str, Tensor]
+"""What `collate` makes of rows and the model and loss read; on CPU until the loop moves it."""
+
+
+class Task(Protocol):
+    """A loss as a sum and a count, and metrics as sums and counts; never a mean.
+
+    Sums are what makes ragged batches, padded tokens and short last batches weigh what one process would
+    weigh them, whatever the number of ranks.
+    """
+
+    image_field: str | None
+    """The column that image augmentations act on, or None."""
+
+    def build_model(self) -> nn.Module:
+        """A freshly initialised model. Called once per rank with the same random state on each."""
+
+    def collate(self, rows: Rows) -> Batch:
+        """One microbatch of rows -> tensors. Runs in the loader's thread; uses no random state."""
+
+    def count(self, batch: Batch) -> int:
+        """What the loss is a mean over: samples, tokens, pixels. Needs no model."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum (not the mean) of the loss over what `count` counts; a scalar that can go backward."""
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
+        """For evaluation: metric name -> (sum, count) over this batch. Gradients are off."""

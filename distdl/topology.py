@@ -1,0 +1,174 @@
+"""Where am I? `Topology` is read once from an explicit environment; nothing else in distdl reads ranks.
+
+Four ways of being started are understood, tried in this order:
+
+* torchrun, `distdl launch`, `accelerate launch`, `deepspeed`: RANK, WORLD_SIZE, LOCAL_RANK, ...
+* Slurm's srun: SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST, ...
+* Open MPI's mpirun: OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE, ...
+* nothing: one process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distdl.errors import EnvironmentProblem
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One process's place among the processes of a run, and what its node offers.
+
+    `gpus` and `cpus` are those this node lets the run use. `master_addr` and `master_port` name the
+    rendezvous; both are None for a single process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    launcher: str = "none"
+    master_addr: str | None = None
+    master_port: int | None = None
+    cpus: int = 1
+    gpus: int = 0
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes, taking every node to hold as many processes as this one."""
+        return -(-self.world_size // self.local_world_size)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Topology:
+        """Read the topology from environment variables.
+
+        Raises EnvironmentProblem where variables contradict each other or one is missing.
+        """
+        if "RANK" in env and "WORLD_SIZE" in env:
+            found = _from_torchrun(env)
+        elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+            found = _from_slurm(env)
+        elif "OMPI_COMM_WORLD_RANK" in env:
+            found = _from_open_mpi(env)
+        else:
+            found = cls()
+        _check(found)
+        return replace(found, cpus=usable_cpus(), gpus=visible_gpus(env))
+
+    @classmethod
+    def of(cls, nodes: int, procs: int, *, cpus: int | None = None, gpus: int = 0) -> Topology:
+        """The topology of rank 0 of `nodes` nodes with `procs` processes each, for planning ahead."""
+        return cls(
+            world_size=nodes * procs,
+            local_world_size=procs,
+            launcher="planned",
+            cpus=usable_cpus() if cpus is None else cpus,
+            gpus=gpus,
+        )
+
+
+def usable_cpus() -> int:
+    """The number of CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def visible_gpus(env: Mapping[str, str]) -> int:
+    """The number of NVIDIA GPUs that a process with this environment would see, without importing torch."""
+    if "CUDA_VISIBLE_DEVICES" in env:
+        named = [d.strip() for d in env["CUDA_VISIBLE_DEVICES"].split(",")]
+        return len([d for d in named if d and d not in ("-1", "NoDevFiles")])
+    return len([p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)])
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: ``node[03-05,9]`` -> ``node03``."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+    if not match:
+        raise EnvironmentProblem(f"cannot read the Slurm node list {nodelist!r}: expected e.g. node[01-04]")
+    return match[1] + (match[2] or "")
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch(r"\d+", text):
+        raise EnvironmentProblem(
+            f"environment variable {name} is {text!r}: expected a whole number. "
+            "It is set by the launcher that started this process; unset all of them to run a single process"
+        )
+    return int(text)
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Topology:
+    world = _number(env, "WORLD_SIZE")
+    return Topology(
+        rank=_number(env, "RANK"),
+        world_size=world,
+        local_rank=_number(env, "LOCAL_RANK", 0 if world == 1 else None),
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", world),
+        node_rank=_number(env, "GROUP_RANK", 0),
+        launcher="distdl" if "DISTDL_LAUNCHER_PID" in env else "torchrun",
+        master_addr=env.get("MASTER_ADDR"),
+        master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else None,
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> Topology:
+    world = _number(env, "SLURM_STEP_NUM_TASKS", 1)
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", 1)
+    host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    # A port that follows from the job: all its tasks find it, and two jobs on one node rarely share it.
+    port = 15000 + (_number(env, "SLURM_JOB_ID", 0) * 16 + _number(env, "SLURM_STEP_ID", 0)) % 16000
+    return Topology(
+        rank=_number(env, "SLURM_PROCID"),
+        world_size=world,
+        local_rank=_number(env, "SLURM_LOCALID"),
+        local_world_size=-(-world // nodes),
+        node_rank=_number(env, "SLURM_NODEID", 0),
+        launcher="srun",
+        master_addr="127.0.0.1" if nodes == 1 and "MASTER_ADDR" not in env else host,
+        master_port=_number(env, "MASTER_PORT", port),
+    )
+
+
+def _from_open_mpi(env: Mapping[str, str]) -> Topology:
+    world = _number(env, "OMPI_COMM_WORLD_SIZE")
+    local = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    if local < world and "MASTER_ADDR" not in env:
+        raise EnvironmentProblem(
+            f"mpirun started {world} processes on several nodes and MASTER_ADDR is not set: "
+            "name the host of rank 0 with `mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=PORT ...`"
+        )
+    # mpirun gives all ranks of a job one parent identity; without it the default port has to do.
+    job = sum(env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", "")).encode())
+    return Topology(
+        rank=_number(env, "OMPI_COMM_WORLD_RANK"),
+        world_size=world,
+        local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        local_world_size=local,
+        node_rank=_number(env, "OMPI_COMM_WORLD_NODE_RANK", 0) if local < world else 0,
+        launcher="mpirun",
+        master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_number(env, "MASTER_PORT", 15000 + job * 7 % 16000),
+    )
+
+
+def _check(t: Topology) -> None:
+    if not 0 <= t.rank < t.world_size or not 0 <= t.local_rank < t.local_world_size:
+        raise EnvironmentProblem(
+            f"the environment says rank {t.rank} of {t.world_size}, local rank {t.local_rank} of "
+            f"{t.local_world_size} (launcher: {t.launcher}): ranks must lie below their world sizes"
+        )
+    if t.world_size > 1 and (t.master_addr is None or t.master_port is None):
+        raise EnvironmentProblem(
+            f"rank {t.rank} of {t.world_size}: MASTER_ADDR and MASTER_PORT must both be set, so that "
+            "the ranks find each other; torchrun and `distdl launch` set them"
+        )

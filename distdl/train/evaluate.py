@@ -1,0 +1,82 @@
+"""Evaluation: every sample exactly once, and the same figures whatever the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from distdl.comm import World, share_problem
+from distdl.plan import Plan, share
+from distdl.testing.faults import point
+
+if TYPE_CHECKING:
+    from distdl.data import Rows
+    from distdl.engines import Engine
+    from distdl.tasks import Task
+
+BOUNDARY = 8
+"""Microbatches between two agreements on stopping and errors."""
+
+
+class Evaluated(Protocol):
+    """What an evaluation needs; a `Session` is one."""
+
+    plan: Plan
+    world: World
+    task: Task
+    engine: Engine
+    eval_rows: Rows
+
+
+def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dict[str, float] | None:
+    """Collective. The metrics over all evaluation rows; None where `stop_agreed` turned true midway.
+
+    Rows are cut into microbatches in their stored order, shared out over the ranks; no row is repeated to
+    fill a batch. Sums are added exactly (math.fsum), so the shares do not matter.
+    """
+    total = -(-s.plan.eval_rows // s.plan.micro_batch)
+    lo, hi = share(total, s.world.rank, s.world.size)
+    found: list[dict[str, tuple[float, int]]] = []
+    problem: Exception | None = None
+    s.engine.module.eval()
+    try:
+        for i in range(-(-total // s.world.size)):
+            if i % BOUNDARY == 0:
+                _agree_on_errors(s.world, problem)
+                if stop_agreed is not None and stop_agreed():
+                    return None
+            if lo + i < hi and problem is None:
+                try:
+                    point("eval.batch", i)
+                    found.append(_measure(s, lo + i))
+                except Exception as error:
+                    problem = error
+        _agree_on_errors(s.world, problem)
+    finally:
+        s.engine.module.train()
+    return _combine([m for part in s.world.gather(found) for m in part])
+
+
+def _agree_on_errors(world: World, problem: Exception | None) -> None:
+    if world.sum_ints([int(problem is not None)])[0]:
+        share_problem(world, problem)
+
+
+def _measure(s: Evaluated, number: int) -> dict[str, tuple[float, int]]:
+    start = number * s.plan.micro_batch
+    ids = np.arange(start, min(start + s.plan.micro_batch, s.plan.eval_rows))
+    batch = s.engine.place(s.task.collate(s.eval_rows.gather(ids)))
+    bf16 = s.plan.precision == "bf16"
+    with torch.no_grad(), torch.autocast(s.engine.device.type, torch.bfloat16, enabled=bf16):
+        return s.task.metric_sums(s.engine.module, batch)
+
+
+def _combine(parts: list[dict[str, Any]]) -> dict[str, float]:
+    names = parts[0].keys() if parts else ()
+    return {
+        name: math.fsum(p[name][0] for p in parts) / max(sum(p[name][1] for p in parts), 1) for name in names
+    }

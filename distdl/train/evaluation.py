@@ -1,0 +1,76 @@
+"""`distdl eval`: the metrics of one checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from distdl import errors
+from distdl.checkpoint.read import find_latest, load_tensors, verify
+from distdl.comm import World, together
+from distdl.comm.world import leave
+from distdl.data import Rows, open_split
+from distdl.engines import Engine
+from distdl.engines.optim import check_model, load_model
+from distdl.errors import CheckpointError, DistdlError
+from distdl.observe.console import show
+from distdl.plan import Plan
+from distdl.recipe import Recipe
+from distdl.record import RunDirectory
+from distdl.tasks import Task
+from distdl.topology import Topology
+from distdl.train.evaluate import evaluate
+from distdl.train.process import build, enter_world, prepare_data
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` reads."""
+
+    plan: Plan
+    world: World
+    task: Task
+    engine: Engine
+    eval_rows: Rows
+
+
+def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: Path | None, *, as_json: bool) -> int:
+    """Evaluate as one rank; all ranks call it. Rank 0 prints the metrics. Returns the exit code."""
+    try:
+        world, plan, _ = enter_world(recipe, topology)
+        path = Path(together(world, lambda: str(checkpoint or _newest(recipe))))
+        prepared = prepare_data(recipe, world, topology)
+        task, engine = together(world, lambda: build(recipe, plan, world, topology, prepared.info))
+        together(world, lambda: _load(engine, path))
+        rows = open_split(prepared, recipe.data.eval_split)
+        metrics = evaluate(Evaluation(plan, world, task, engine, rows)) or {}
+    except DistdlError as error:
+        if topology.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return error.exit_code
+    leave()
+    if topology.rank == 0:
+        facts = {"checkpoint": str(path), "rows": plan.eval_rows, **metrics}
+        if as_json:
+            print(json.dumps(facts))  # noqa: T201
+        else:
+            show("evaluation", {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in facts.items()})
+    return errors.DONE
+
+
+def _newest(recipe: Recipe) -> Path:
+    checkpoints = RunDirectory(recipe.run.dir or "runs/unnamed").checkpoints
+    found = find_latest(checkpoints)
+    if found.path is None:
+        raise CheckpointError(
+            f"there is no checkpoint in {checkpoints}; train first, or give --checkpoint PATH"
+        )
+    return found.path
+
+
+def _load(engine: Engine, path: Path) -> None:
+    tensors = load_tensors(path, verify(path), lambda name: name.startswith("model/"))
+    check_model(engine.module, tensors)
+    load_model(engine.module, tensors)

@@ -1,0 +1,180 @@
+"""The loop. It reads top to bottom: evaluate, save, finish or fetch, step, log."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+
+import torch
+
+from distdl import errors
+from distdl.checkpoint.write import save
+from distdl.keys import key
+from distdl.record import append_line
+from distdl.testing.faults import point
+from distdl.train.evaluate import evaluate
+from distdl.train.schedule import learning_rate
+from distdl.train.session import Session, StepBatch
+
+
+def fit(s: Session) -> int:
+    """Collective. Train from where the state stands; returns the exit code of the run.
+
+    DONE when finished; STOPPED (all saved) or STOPPED_BEFORE_START (nothing to save) on request. Raises
+    Diverged, DataError, CheckpointError on all ranks together.
+    """
+    while True:
+        if s.evaluation_due and not evaluate_and_note(s):
+            return leave(s)
+        if s.save_due:
+            write_checkpoint(s)
+        if s.finished:
+            flush_row(s)
+            s.beat("finished")
+            return errors.DONE
+        batch = s.next_batch()
+        if batch is None:
+            return leave(s)
+        train_step(s, batch)
+
+
+def train_step(s: Session, batch: StepBatch) -> None:
+    """Collective. One step of the whole world: microbatches, reduction, update, log."""
+    flush_row(s)
+    step, lr = s.state.step, learning_rate(s.recipe, s.plan, s.state.updates)
+    s.beat("step")
+    point("train.step", step)
+    losses = []
+    if batch.total:
+        for i, micro in enumerate(batch.micros):
+            seed_microbatch(s, step, micro.number)
+            losses.append(
+                s.engine.microstep(
+                    partial(s.task.loss_sum, batch=s.engine.place(micro.batch)),
+                    micro.count,
+                    batch.total,
+                    weight=micro.weight,
+                    last=i == len(batch.micros) - 1,
+                )
+            )
+        applied = s.engine.apply(lr, s.plan.counts(step))
+        updated, norm = applied.updated, applied.grad_norm
+    else:
+        updated, norm = False, 0.0  # nothing counted in this step: no gradient, no update
+    s.state.step += 1
+    s.state.samples += s.plan.step_size(step)
+    s.state.updates += updated
+    s.state.nonfinite_in_row = 0 if math.isfinite(norm) else s.state.nonfinite_in_row + 1
+    s.beat("step")
+    if s.state.step == (s.saved_step or 0) + 1:
+        s.event("first_step")
+    log(s, batch, losses, lr, norm)
+    if not math.isfinite(norm):
+        note_nonfinite(s, norm)
+
+
+def seed_microbatch(s: Session, step: int, number: int) -> None:
+    """Key dropout and whatever else the model draws by (seed, step, microbatch)."""
+    value = key(s.recipe.train.seed, "model", step, number)
+    torch.default_generator.manual_seed(value)
+    if s.engine.device.type == "cuda":
+        torch.cuda.manual_seed(value)
+
+
+def log(s: Session, batch: StepBatch, losses: list[torch.Tensor], lr: float, norm: float) -> None:
+    """Collective on logging steps, which are the same on all ranks; nothing on the others."""
+    step, every = s.state.step, s.recipe.track.every_steps
+    if step % every and step not in (1, s.plan.total_steps):
+        s.console.step(step, None)
+        return
+    mine = [float(x) for x, m in zip(losses, batch.micros, strict=False) if m.weight]
+    parts = [x for part in s.world.gather(mine) for x in part]
+    # fsum is exact, so the logged loss does not depend on how the microbatches were shared out.
+    loss = math.fsum(parts) / batch.total if batch.total else 0.0
+    now = time.perf_counter()
+    rate = (s.state.samples - s.clock_samples) / max(now - s.clock, 1e-9)
+    left = (s.plan.total_steps - step) * s.plan.global_batch
+    s.row = {
+        "step": step,
+        "epoch": step / s.plan.steps_per_epoch,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "samples": s.state.samples,
+        "samples_per_s": rate,
+        "time": time.time(),
+    }
+    s.clock, s.clock_samples = now, s.state.samples
+    s.console.step(step, s.row | {"eta_s": left / rate})
+
+
+def flush_row(s: Session) -> None:
+    """Rank 0 appends the waiting row of metrics; it waits so that an evaluation can add to it."""
+    if s.row and s.world.is_main:
+        append_line(s.directory.metrics, s.row)
+    s.row = {}
+
+
+def note_nonfinite(s: Session, norm: float) -> None:
+    """Report a skipped step; raise Diverged, on all ranks alike, after too many in a row."""
+    state, limit = s.state, s.recipe.train.max_nonfinite_steps
+    s.console.say(
+        f"step {state.step}: gradient norm {norm}; skipped on all ranks ({state.nonfinite_in_row} in a row)"
+    )
+    s.event("nonfinite", grad_norm=norm, in_row=state.nonfinite_in_row)
+    if state.nonfinite_in_row >= limit:
+        first = state.step - limit + 1
+        raise errors.Diverged(
+            f"the gradient was not finite in {limit} steps in a row, {first} to {state.step}"
+            f"{' (from the first step on)' if first == 1 else ''}. Check the data and the loss, lower "
+            "optim.lr, set optim.clip_norm or a longer schedule.warmup_steps; train.max_nonfinite_steps "
+            "sets the limit"
+        )
+
+
+def evaluate_and_note(s: Session) -> bool:
+    """Collective. Evaluate, note the metric; False where a stop was asked for before it was finished."""
+    s.beat("evaluating")
+    begin = time.perf_counter()
+    metrics = evaluate(s, s.stop_agreed)
+    if metrics is None:
+        return False
+    name = s.recipe.eval.metric
+    if name not in metrics:
+        raise errors.RecipeError(f"eval.metric = {name!r}: this task measures {', '.join(metrics)}")
+    best = s.state.note_metric(metrics[name], s.recipe.eval.mode, s.recipe.eval.min_delta)
+    s.state.evaluated_step = s.state.step
+    s.row = {"step": s.state.step} | s.row | {f"eval_{k}": v for k, v in metrics.items()}
+    text = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+    s.console.say(
+        f"step {s.state.step}: evaluated {s.plan.eval_rows:,} rows: {text}{' (best)' if best else ''}"
+    )
+    s.metrics = metrics
+    s.not_training(time.perf_counter() - begin)
+    return True
+
+
+def write_checkpoint(s: Session) -> None:
+    """Collective. Save at this boundary; the metrics of the step are written before it can be resumed."""
+    flush_row(s)
+    s.beat("saving")
+    begin = time.perf_counter()
+    path = save(s.directory.checkpoints, s.engine.tensors(), s.facts(), s.world, s.recipe.checkpoint.keep)
+    s.saved_step = s.state.step
+    took = time.perf_counter() - begin
+    s.event("save", path=path.name, seconds=round(took, 4))
+    s.not_training(took)
+
+
+def leave(s: Session) -> int:
+    """Collective. Leave together on request: save what is not saved yet, and say how it stands."""
+    if s.state.step == 0:
+        s.event("stop", signal=s.stop.signal, saved=None)
+        s.console.say("stopped before the first step; there was nothing to save")
+        return errors.STOPPED_BEFORE_START
+    if s.saved_step != s.state.step:
+        write_checkpoint(s)
+    s.event("stop", signal=s.stop.signal, saved=s.saved_step)
+    s.console.say(f"stopped on request at step {s.state.step}, everything saved; start again to go on")
+    return errors.STOPPED

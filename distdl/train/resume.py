@@ -1,0 +1,81 @@
+"""Where a run stands: the newest checkpoint that verifies, checked against the recipe before use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distdl.checkpoint.manifest import Manifest
+from distdl.checkpoint.read import find_latest, load_tensors, read_manifest
+from distdl.comm import World, together
+from distdl.engines import Engine
+from distdl.errors import Incompatible
+from distdl.recipe import differences
+from distdl.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must share with the run that goes on from it."""
+
+    recipe_hash: str
+    mathematics: dict[str, Any]
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state to go on from, where it came from (None: a fresh start), and what was passed over."""
+
+    state: TrainState
+    path: Path | None
+    damaged: list[tuple[str, str]]
+
+
+def resume(
+    checkpoints: Path, world: World, engine: Engine, identity: Identity, *, allow_changed: bool
+) -> Resumed:
+    """Collective. Find, check and load the newest valid checkpoint; everything is validated before the
+    model is touched.
+
+    Raises CheckpointError where there are checkpoints and none is valid, Incompatible for one of another
+    recipe, other data or another model, on all ranks together.
+    """
+    found = together(world, lambda: _find(checkpoints) if world.is_main else None)
+    told = world.from_main(found)
+    damaged = [(name, reason) for name, reason in told["damaged"]]
+    if told["name"] is None:
+        return Resumed(TrainState(), None, damaged)
+    path = checkpoints / told["name"]
+
+    def load() -> TrainState:
+        manifest = read_manifest(path)
+        check_same(manifest, identity, path, allow_changed=allow_changed)
+        engine.load(load_tensors(path, manifest))
+        return TrainState(**manifest.train_state)
+
+    return Resumed(together(world, load), path, damaged)
+
+
+def check_same(manifest: Manifest, identity: Identity, path: Path, *, allow_changed: bool) -> None:
+    """Raise Incompatible, naming every key that differs, unless `allow_changed`."""
+    if allow_changed:
+        return
+    changed = differences(manifest.mathematics, identity.mathematics)
+    if manifest.data_fingerprint != identity.data_fingerprint:
+        changed.append(f"the data themselves: {manifest.data_fingerprint} -> {identity.data_fingerprint}")
+    if changed:
+        listed = "\n  ".join(changed)
+        raise Incompatible(
+            f"{path} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
+            "Choose another run.dir, undo the change, or continue with --allow-changed"
+        )
+
+
+def _find(checkpoints: Path) -> dict[str, Any]:
+    found = find_latest(checkpoints)
+    return {
+        "name": found.path.name if found.path else None,
+        "damaged": [(path.name, reason) for path, reason in found.damaged],
+    }

@@ -1,0 +1,179 @@
+"""`Session`: everything one rank holds while it trains, and the pieces of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from distdl.checkpoint.manifest import Facts
+from distdl.comm import World, share_problem
+from distdl.data import Order, Prefetcher, Rows, gather_microbatches
+from distdl.engines import Engine
+from distdl.observe.console import RunConsole
+from distdl.plan import Plan
+from distdl.recipe import Recipe
+from distdl.record import Heartbeat, RunDirectory
+from distdl.tasks import Batch, Task
+from distdl.train.resume import Identity
+from distdl.train.state import TrainState
+from distdl.train.stop import StopFlag
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One collated microbatch: its number in the step, its tensors (on CPU), its count and weight."""
+
+    number: int
+    batch: Batch
+    count: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's microbatches of a step, and the count of the whole step over all ranks."""
+
+    micros: list[Micro]
+    total: int
+
+
+@dataclass
+class Session:
+    """One rank's run. Everything that changes while it trains is in `state`; the rest is fixed or derived."""
+
+    recipe: Recipe
+    plan: Plan
+    world: World
+    task: Task
+    engine: Engine
+    state: TrainState
+    directory: RunDirectory
+    console: RunConsole
+    stop: StopFlag
+    heartbeat: Heartbeat | None
+    batches: Prefetcher[list[Micro]]
+    eval_rows: Rows
+    identity: Identity
+    saved_step: int | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    clock: float = field(default_factory=time.perf_counter)
+    clock_samples: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    started_samples: int = 0
+
+    def beat(self, phase: str) -> None:
+        """Note step and phase where the launcher and a person can see them."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(self.state.step, phase)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Rank 0 writes an event; the others do nothing."""
+        if self.world.is_main:
+            self.directory.event(kind, rank=0, step=self.state.step, **facts)
+
+    def not_training(self, seconds: float) -> None:
+        """Keep time spent on evaluation or saving out of the throughput."""
+        self.clock += seconds
+        self.started += seconds
+
+    def results(self) -> dict[str, Any]:
+        """What a finished run reports."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "metrics": self.metrics,
+            "metric": self.recipe.eval.metric,
+            "best": self.state.best,
+            "best_step": self.state.best_step,
+            "world_size": self.world.size,
+            "seconds": seconds,
+            "samples_per_s": (self.state.samples - self.started_samples) / seconds,
+        }
+
+    def facts(self) -> Facts:
+        """What the manifest of a checkpoint at this boundary says."""
+        return Facts(
+            step=self.state.step,
+            recipe_hash=self.identity.recipe_hash,
+            mathematics=self.identity.mathematics,
+            data_fingerprint=self.identity.data_fingerprint,
+            train_state=self.state.as_dict(),
+            engine=self.plan.engine,
+        )
+
+    def next_batch(self) -> StepBatch | None:
+        """Collective, the step boundary: this step's microbatches, or None where any rank was told to stop.
+
+        One small all-reduce carries the count, the stop flag and the error flag together. A rank whose data
+        failed fails all of them here, with its cause.
+        """
+        problem: Exception | None = None
+        micros: list[Micro] = []
+        try:
+            micros = self.batches.get(self.state.step)
+        except Exception as error:
+            problem = error
+        mine = sum(m.count for m in micros if m.weight)
+        total, stop, failed = self.world.sum_ints([mine, int(self.stop.requested), int(problem is not None)])
+        if failed:
+            share_problem(self.world, problem)
+        return None if stop else StepBatch(micros, total)
+
+    def stop_agreed(self) -> bool:
+        """Collective. True on every rank where any has been told to stop."""
+        return self.world.sum_ints([int(self.stop.requested)])[0] > 0
+
+    @property
+    def finished(self) -> bool:
+        """True where all steps are done, or early stopping says that no more are wanted."""
+        patience = self.recipe.eval.patience
+        stale = patience is not None and self.state.evals_without_gain >= patience
+        return stale or self.state.step >= self.plan.total_steps
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True at a boundary whose evaluation has not been finished yet."""
+        step, every = self.state.step, self.plan.eval_every
+        due = step > 0 and (step >= self.plan.total_steps or (every is not None and step % every == 0))
+        return due and self.state.evaluated_step < step
+
+    @property
+    def save_due(self) -> bool:
+        """True at a boundary whose checkpoint is due and not there yet."""
+        step, every = self.state.step, self.plan.save_every
+        due = step > 0 and (self.finished or (every is not None and step % every == 0))
+        return due and self.saved_step != step
+
+
+def microbatch_maker(
+    recipe: Recipe, plan: Plan, task: Task, rows: Rows, rank: int
+) -> Callable[[int], list[Micro]]:
+    """The function that prepares this rank's microbatches of a step; the loader's thread calls it."""
+    seed, augment = recipe.train.seed, recipe.data.augment
+    order = Order(seed, plan.train_rows, recipe.data.shuffle)
+
+    def make(step: int) -> list[Micro]:
+        wanted = plan.microbatches_of(step, rank)
+        gathered = gather_microbatches(
+            rows,
+            order,
+            plan.epoch_of(step),
+            [(m.number, m.start, m.stop) for m in wanted],
+            seed,
+            step,
+            augment.flip,
+            augment.crop_padding,
+            task.image_field,
+        )
+        return [_micro(task, m.number, m.weight, r) for m, r in zip(wanted, gathered, strict=True)]
+
+    return make
+
+
+def _micro(task: Task, number: int, weight: int, rows: dict[str, np.ndarray[Any, Any]]) -> Micro:
+    batch = task.collate(rows)
+    return Micro(number, batch, task.count(batch), weight)
