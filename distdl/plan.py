@@ -140,7 +140,7 @@ def share(items: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
-    """Settle everything, or raise PlanError (DataError for unsuitable data) with the nearest valid numbers."""
+    """Settle everything, or raise PlanError (DataError for unsuitable data) with the nearest that works."""
     batch, train = recipe.batch, recipe.train
     _check_batch(batch.global_, batch.micro)
     _check_world(batch.global_, batch.micro, topology.world_size)

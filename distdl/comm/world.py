@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 Json = Any
 """What `json.dumps` takes: None, bool, int, float, str, and lists and string-keyed dicts of these."""
@@ -76,7 +77,7 @@ class World:
         self.sum_ints([0])
 
 
-def join(rank: int, size: int, device: str, timeout_s: float, store: dist.Store | None = None) -> World:
+def join(rank: int, size: int, device: str, timeout_s: float, store: Store | None = None) -> World:
     """Form the process group of a run and return its `World`. All ranks call it; blocks until all have.
 
     Without `store`, the rendezvous is read from MASTER_ADDR and MASTER_PORT, as torchrun and `distdl launch`

@@ -51,4 +51,4 @@ class Engine(Protocol):
         """The state by name: ``model/<name>`` and ``optim/<slot>/<name>``. Views: copy before a step."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a state that any engine's `tensors` returned. Raises Incompatible before anything is touched."""
+        """Take a state that any engine's `tensors` returned, or raise Incompatible and touch nothing."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ from distdl.engines.sum_hook import sum_gradients
 if TYPE_CHECKING:
     from distdl.plan import Plan
     from distdl.recipe.schema import AdamW, Sgd
+
+
+# RunningStatistics keeps the buffers equal. Newer torch calls the same switch by another name.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 class DdpEngine:
@@ -97,8 +105,8 @@ class DdpEngine:
         wrapped = DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # RunningStatistics keeps them equal
             gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
         )
         wrapped.register_comm_hook(None, sum_gradients)
         return wrapped

@@ -28,7 +28,7 @@ def build_optimizer(model: nn.Module, optim: Sgd | AdamW) -> torch.optim.Optimiz
     ]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
 
 
 def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse of `state_by_name`. Raises Incompatible, naming what differs, before anything is touched."""
+    """The reverse of `state_by_name`; or raises Incompatible, naming what differs, and touches nothing."""
     check_model(model, tensors)
     parameters = dict(model.named_parameters())
     slots = [k.split("/", 2)[1:] for k in tensors if k.startswith("optim/")]

@@ -6,7 +6,10 @@ import torch
 import torch.distributed as dist
 
 
-def sum_gradients(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def sum_gradients(
+    _state: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
     """Sum, where DDP by itself would average: the loss is divided by the step's total count already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
@@ -15,4 +18,5 @@ def sum_gradients(_state: object, bucket: dist.GradBucket) -> torch.futures.Futu
         reduced: torch.Tensor = future.value()[0]
         return reduced
 
-    return work.get_future().then(tensor)
+    summed: torch.futures.Future[torch.Tensor] = work.get_future().then(tensor)
+    return summed

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +15,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
-from distdl.launch.failure import write_failure
+from distdl.launch.failure import Casualty, write_failure
 from distdl.launch.worker import WorkOrder
 from distdl.record import Heartbeat, RunDirectory
 from distdl.train.stop import REQUESTS
@@ -25,21 +24,12 @@ logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
 
 
-@dataclass(frozen=True)
-class Casualty:
-    """A worker that ended badly before the launcher ended the others. Negative `exitcode`: the signal."""
-
-    rank: int
-    pid: int
-    exitcode: int
-
-
 class StoppedWhileDown(Exception):
     """A stop was asked for and the workers are down: there is nothing to restart."""
 
 
 class WorkerLogs(LogsSpecs):
-    """Workers redirect their own output (launch/logs.py); the agent only needs a place for its error files."""
+    """Workers redirect their own output (launch/logs.py); the agent needs a place for its error files."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:
         super().__init__()
@@ -111,7 +101,7 @@ class RunAgent(LocalElasticAgent):
         try:
             self.attempt = self._directory.new_attempt()
             worker_group.spec.args = (self._order(self.attempt),)
-            started = super()._start_workers(worker_group)
+            started: dict[int, Any] = super()._start_workers(worker_group)
         finally:
             self.install_handlers()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
@@ -124,7 +114,8 @@ class RunAgent(LocalElasticAgent):
         if self.casualties:
             self._kill_workers()
             self._note_failure()
-        return super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
     def _find_casualties(self) -> list[Casualty]:
         processes = self._pcontext._pc.processes if self._pcontext and self._pcontext._pc else []  # type: ignore[attr-defined]

@@ -6,22 +6,24 @@ import json
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distdl.launch.logs import tail
 from distdl.record import Heartbeat, write_atomic
 
 
-class Ended(Protocol):
-    """A worker that ended badly."""
+@dataclass(frozen=True)
+class Casualty:
+    """A worker that ended badly before the launcher ended the others. Negative `exitcode`: the signal."""
 
     rank: int
     pid: int
     exitcode: int
 
 
-def write_failure(attempt: Path, casualties: Sequence[Ended]) -> dict[str, Any]:
+def write_failure(attempt: Path, casualties: Sequence[Casualty]) -> dict[str, Any]:
     """Choose the rank that failed first, write `failure.json` in the attempt's folder and return it.
 
     Ranks that report (failures/rank-NNNNN.json) are told apart from those that a signal ended. A lost
@@ -53,13 +55,13 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _order(casualty: Ended, report: dict[str, Any] | None) -> tuple[int, float]:
+def _order(casualty: Casualty, report: dict[str, Any] | None) -> tuple[int, float]:
     if report is None:
         return (0, 0.0)
     return (2 if report["consequence"] else 1, report["time"])
 
 
-def _cause(casualty: Ended, report: dict[str, Any]) -> str:
+def _cause(casualty: Casualty, report: dict[str, Any]) -> str:
     if report:
         return f"{report['exception']}: {report['message']}"
     if casualty.exitcode < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,8 +20,8 @@ def _norm(kind: str, channels: int) -> nn.Module:
 class Cnn5(nn.Module):
     """Images [N, C, H, W] (float) -> logits [N, num_outputs].
 
-    Widths w, w, 2w, 2w, 4w; halved in size after the second and fourth, averaged to 2x2 at the end. A convolution
-    before a normalisation has no bias: the normalisation would cancel it, and its gradient would be noise.
+    Widths w, w, 2w, 2w, 4w; halved in size after the second and fourth, averaged to 2x2 at the end. A
+    convolution before a normalisation has no bias: that would be cancelled, and its gradient be noise.
     """
 
     def __init__(
@@ -34,8 +36,7 @@ class Cnn5(nn.Module):
         super().__init__()
         widths = [in_channels, width, width, 2 * width, 2 * width, 4 * width]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=norm == "none")
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(a, b, 3, padding=1, bias=norm == "none") for a, b in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(_norm(norm, c) for c in widths[1:])
         self.hidden = nn.Linear(4 * width * 4, hidden)

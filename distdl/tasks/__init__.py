@@ -15,7 +15,7 @@ from distdl.tasks.image_classification import ImageClassification
 
 __all__ = ["BUILT_IN", "Batch", "Rows", "Task", "build_task"]
 
-BUILT_IN: dict[str, Callable[..., Task]] = {"image_classification": ImageClassification}
+BUILT_IN: dict[str, Callable[..., Any]] = {"image_classification": ImageClassification}
 
 _PARTS = ("build_model", "collate", "count", "loss_sum", "metric_sums")
 
@@ -30,7 +30,8 @@ def build_task(
     """
     offered: dict[str, Any] = {"make_model": make_model, "data_info": data_info}
     if name in BUILT_IN:
-        return BUILT_IN[name](**offered, **keys)
+        built_in: Task = BUILT_IN[name](**offered, **keys)
+        return built_in
     factory = import_attribute(name, "task.name")
     try:
         task = call_with_known(factory, offered, keys)

@@ -25,11 +25,16 @@ BOUNDARY = 8
 class Evaluated(Protocol):
     """What an evaluation needs; a `Session` is one."""
 
-    plan: Plan
-    world: World
-    task: Task
-    engine: Engine
-    eval_rows: Rows
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def world(self) -> World: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def eval_rows(self) -> Rows: ...
 
 
 def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dict[str, float] | None:

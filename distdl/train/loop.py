@@ -67,7 +67,8 @@ def train_step(s: Session, batch: StepBatch) -> None:
     s.state.updates += updated
     s.state.nonfinite_in_row = 0 if math.isfinite(norm) else s.state.nonfinite_in_row + 1
     s.beat("step")
-    if s.state.step == (s.saved_step or 0) + 1:
+    if not s.stepped:
+        s.stepped = True
         s.event("first_step")
     log(s, batch, losses, lr, norm)
     if not math.isfinite(norm):

@@ -61,6 +61,7 @@ class Session:
     saved_step: int | None = None
     row: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    stepped: bool = False
     clock: float = field(default_factory=time.perf_counter)
     clock_samples: int = 0
     started: float = field(default_factory=time.perf_counter)
