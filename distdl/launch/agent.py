@@ -105,9 +105,12 @@ class RunAgent(LocalElasticAgent):
         finally:
             self.install_handlers()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+        self._pass_on_what_came()
+        return started
+
+    def _pass_on_what_came(self) -> None:
         if self.stop_signal is not None:
             self._pass_on(self.stop_signal)
-        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.casualties = self._find_casualties()

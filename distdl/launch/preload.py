@@ -5,7 +5,7 @@ Importing torch and its parts takes seconds; a worker forked from here has them 
 
 import importlib
 
-from distdl.launch.lifeline import die_with_parent
+from distdl.lifeline import die_with_parent
 
 die_with_parent()
 

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from distdl.launch.lifeline import die_with_parent
 from distdl.launch.logs import redirect
+from distdl.lifeline import die_with_parent
 from distdl.recipe import Recipe
 from distdl.topology import Topology
 from distdl.train.process import Options, train_process

@@ -144,6 +144,12 @@ def test_extends_in_a_circle_shows_the_chain() -> None:
     assert "configs/a.yaml -> configs/b.yaml -> configs/a.yaml" in refusal("configs/a.yaml")
 
 
+def test_another_name_of_the_same_file_closes_the_circle() -> None:
+    write("extends: link.yaml", "a.yaml")
+    Path("configs/link.yaml").symlink_to("a.yaml")
+    assert refusal("configs/a.yaml").endswith("circle: configs/a.yaml -> configs/link.yaml")
+
+
 def test_extends_of_a_missing_file_names_the_line_and_the_nearest() -> None:
     write(BASE, "fashion.yaml")
     text = refusal(write("# first line\nextends: fashon.yaml\n", "a.yaml"))

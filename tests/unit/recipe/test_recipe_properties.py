@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +27,7 @@ from distdl.recipe import (
     to_yaml,
 )
 from distdl.recipe.schema import NAMED
-from distdl.recipe.tree import dump_yaml
+from distdl.recipe.tree import dump_yaml, parse_yaml, plain
 
 quick = settings(database=None, deadline=None, max_examples=40)
 
@@ -245,6 +246,20 @@ def test_the_resolved_copy_loads_back_to_an_equal_recipe(recipe: Recipe) -> None
     assert to_yaml(again) == text
 
 
+@pytest.mark.parametrize(
+    "text", ["1e-3", "null", "", "true", " a", "a\x85b", "a\u2028b", "a\r\nb", "\x7f", "😀"]
+)
+def test_the_resolved_copy_keeps_any_text(text: str) -> None:
+    recipe = base(model={"name": "a:b", "text": text})
+    assert parse_recipe(plain_of(to_yaml(recipe))) == recipe
+
+
+def plain_of(text: str) -> Any:
+    tree = parse_yaml(text, str)
+    assert tree is not None
+    return plain(tree)
+
+
 @quick
 @given(maths)
 def test_overrides_say_what_a_file_would(mapping: dict[str, Any]) -> None:
@@ -304,6 +319,9 @@ def test_a_file_that_extends_may_leave_keys_out() -> None:
     assert "batch" in schema["else"]["required"]
     assert '"required"' not in json.dumps(schema["then"])
     assert "required" not in schema["$defs"]["BatchPartial"]
+    assert set(re.findall(r'"#/\$defs/([^"]*)"', json.dumps(schema["then"]))) == {
+        f"{name}Partial" for name in re.findall(r'"#/\$defs/([^"]*)"', json.dumps(schema["else"]))
+    }
     text = json.dumps(schema)
     for reference in {part.split('"')[0] for part in text.split('"#/$defs/')[1:]}:
         assert reference in schema["$defs"]
