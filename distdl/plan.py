@@ -142,15 +142,17 @@ def share(items: int, rank: int, world_size: int) -> tuple[int, int]:
 def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     """Settle everything, or raise PlanError (DataError for unsuitable data) with the nearest that works."""
     batch, train = recipe.batch, recipe.train
-    _check_batch(batch.global_, batch.micro)
+    _check_batch(batch.global_, batch.micro, topology.world_size)
     _check_world(batch.global_, batch.micro, topology.world_size)
     train_rows = _rows(data, recipe.data.train_split, "data.train_split")
     eval_rows = _rows(data, recipe.data.eval_split, "data.eval_split")
     dropped = train_rows % batch.global_ if recipe.data.drop_last else 0
     if train_rows - dropped == 0:
+        fits = train_rows // batch.micro * batch.micro
+        smaller = f"batch.global to at most {fits}, or " if fits >= batch.micro * topology.world_size else ""
         raise PlanError(
             f"data.drop_last drops all {train_rows} training rows, fewer than batch.global = "
-            f"{batch.global_}: set batch.global to at most {train_rows}, or data.drop_last to false"
+            f"{batch.global_}: set {smaller}data.drop_last to false"
         )
     per_epoch = -(-(train_rows - dropped) // batch.global_)
     bounds = [train.epochs * per_epoch if train.epochs else None, train.max_steps]
@@ -191,9 +193,10 @@ def _device(recipe: Recipe, topology: Topology) -> str:
     if wanted == "auto":
         return "cuda" if topology.gpus >= topology.local_world_size else "cpu"
     if wanted == "cuda" and topology.launcher != "planned" and topology.gpus < topology.local_world_size:
+        fewer = f"--procs {topology.gpus}, or " if topology.gpus else ""
         raise PlanError(
             f"hardware.device = 'cuda' with {topology.local_world_size} processes on this node, which has "
-            f"{topology.gpus} GPUs: use --procs {max(topology.gpus, 1)}, or hardware.device=cpu"
+            f"{topology.gpus} GPUs: use {fewer}hardware.device=cpu"
         )
     return wanted
 
@@ -208,16 +211,17 @@ def _rows(data: DataInfo, split: str, key: str) -> int:
     return data.rows[split]
 
 
-def _check_batch(total: int, micro: int) -> None:
+def _check_batch(total: int, micro: int, world_size: int) -> None:
     if total % micro == 0:
         return
-    below, above = total // micro * micro, (total // micro + 1) * micro
-    totals = " or ".join(str(n) for n in (below, above) if n)
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    least = micro * world_size  # one microbatch a process
+    totals = sorted({max(n, least) for n in (total // micro * micro, (total // micro + 1) * micro)})
+    divisors = [d for d in range(1, total // world_size + 1) if total % d == 0]
     micros = sorted(sorted(divisors, key=lambda d: (abs(d - micro), d))[:2])
+    other = f", or batch.micro = {' or '.join(map(str, micros))}" if micros else ""
     raise PlanError(
         f"batch.global = {total} is not a multiple of batch.micro = {micro}: nearest valid are "
-        f"batch.global = {totals}, or batch.micro = {' or '.join(map(str, micros))}"
+        f"batch.global = {' or '.join(map(str, totals))}{other}"
     )
 
 

@@ -100,6 +100,8 @@ def _finite(value: Any) -> Any:
         return str(value)
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
     return value
 
 
@@ -130,11 +132,10 @@ def rewind_metrics(path: Path, step: int) -> dict[str, Any]:
     That row is taken out too: an evaluation at `step` that was interrupted still adds to it.
     """
     rows = read_lines(path)
-    if not rows:
-        return {}
-    kept = [row for row in rows if row["step"] < step]
-    if len(kept) < len(rows):
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step)
+    # A line that a kill cut short goes too: the next row would be appended to it and be lost with it.
+    if path.exists() and path.read_text() != text:
+        write_atomic(path, text)
     at = [row for row in rows if row["step"] == step]
     return at[-1] if at else {}
 

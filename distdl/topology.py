@@ -55,6 +55,8 @@ class Topology:
             found = _from_slurm(env)
         elif "OMPI_COMM_WORLD_RANK" in env:
             found = _from_open_mpi(env)
+        elif "RANK" in env or "WORLD_SIZE" in env:
+            found = _from_torchrun(env)  # raises, naming the one that is missing
         else:
             found = cls()
         _check(found)
@@ -88,11 +90,11 @@ def visible_gpus(env: Mapping[str, str]) -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: ``node[03-05,9]`` -> ``node03``."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+    """The first host of a Slurm node list: ``node[03-05,9]-ib,x1`` -> ``node03-ib``."""
+    match = re.match(r"(?:[^,\[\]]|\[\w[^\[\]]*\])+(?=,|$)", nodelist)
     if not match:
         raise EnvironmentProblem(f"cannot read the Slurm node list {nodelist!r}: expected e.g. node[01-04]")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -122,9 +124,11 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
 
 
 def _from_slurm(env: Mapping[str, str]) -> Topology:
-    world = _number(env, "SLURM_STEP_NUM_TASKS", 1)
+    world = _number(env, "SLURM_STEP_NUM_TASKS")
     nodes = _number(env, "SLURM_STEP_NUM_NODES", 1)
-    host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    host = env.get("MASTER_ADDR") or (
+        "127.0.0.1" if nodes == 1 else first_host(env.get("SLURM_STEP_NODELIST", ""))
+    )
     # A port that follows from the job: all its tasks find it, and two jobs on one node rarely share it.
     port = 15000 + (_number(env, "SLURM_JOB_ID", 0) * 16 + _number(env, "SLURM_STEP_ID", 0)) % 16000
     return Topology(
@@ -134,7 +138,7 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
         local_world_size=-(-world // nodes),
         node_rank=_number(env, "SLURM_NODEID", 0),
         launcher="srun",
-        master_addr="127.0.0.1" if nodes == 1 and "MASTER_ADDR" not in env else host,
+        master_addr=host,
         master_port=_number(env, "MASTER_PORT", port),
     )
 

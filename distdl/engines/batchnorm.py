@@ -37,6 +37,7 @@ class RunningStatistics:
 
     def microbatch_done(self, count: int, weight: int) -> None:
         """Close one microbatch; what it left counts `count`, or nothing where `weight` is 0."""
+        self._restore()
         if weight and self._modules:
             head = torch.tensor([float(count)], dtype=torch.float64)
             found = [self._current.get(m, _statistics(m)) for m in self._modules]
@@ -62,15 +63,24 @@ class RunningStatistics:
     def _move(self, mean: Tensor) -> None:
         parts = iter(mean.split([n for m in self._modules for n in (m.num_features,) * 2]))
         for module, momentum in zip(self._modules, self._momentum, strict=True):
+            new_mean, new_var = next(parts), next(parts)
+            if not module.training:
+                continue
             running_mean, running_var, steps = _buffers(module)
             steps += 1
             rate = momentum if momentum is not None else 1.0 / float(steps)
-            for buffer in (running_mean, running_var):
-                buffer.lerp_(next(parts).to(buffer.device, buffer.dtype), rate)
+            for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
+                buffer.lerp_(new.to(buffer.device, buffer.dtype), rate)
+
+    def _restore(self) -> None:
+        # A recomputation that has all it needs is broken off inside the last module, before its hook.
+        for module, buffers in self._true.items():
+            _put(module, buffers)
+        self._true = {}
 
     def _before(self, module: Any, _inputs: Any) -> None:
         if module.training:
-            self._true[module] = _buffers(module)
+            self._true.setdefault(module, _buffers(module))
             # Fresh buffers, not copies: backward keeps those that forward saw and refuses if they change.
             module.running_mean = torch.zeros_like(module.running_mean)
             module.running_var = torch.zeros_like(module.running_var)
@@ -80,11 +90,15 @@ class RunningStatistics:
         if module.training:
             # The first pass counts; a recomputation during backward runs the module again.
             self._current.setdefault(module, _statistics(module))
-            module.running_mean, module.running_var, module.num_batches_tracked = self._true.pop(module)
+            _put(module, self._true.pop(module))
 
 
 def _buffers(module: Any) -> tuple[Tensor, Tensor, Tensor]:
     return module.running_mean, module.running_var, module.num_batches_tracked
+
+
+def _put(module: Any, buffers: tuple[Tensor, Tensor, Tensor]) -> None:
+    module.running_mean, module.running_var, module.num_batches_tracked = buffers
 
 
 def _statistics(module: nn.Module) -> Tensor:

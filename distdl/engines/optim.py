@@ -55,7 +55,7 @@ def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
     optimizer.state.clear()
     for slot, name in slots:
         value, parameter = tensors[f"optim/{slot}/{name}"], parameters[name]
-        if value.ndim == 0:
+        if slot == "step":
             optimizer.state[parameter][slot] = value.clone()  # step counters stay on the CPU
         else:
             optimizer.state[parameter][slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -97,6 +98,9 @@ class RunAgent(LocalElasticAgent):
             raise StoppedWhileDown
         # Workers, and the fork server they come from, are born with these signals blocked and let them in
         # once their handlers stand. The parent class installs handlers of its own meanwhile.
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+        # Starting the resource tracker unblocks SIGINT and SIGTERM again; so it is started before the rest.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
         try:
             self.attempt = self._directory.new_attempt()

@@ -8,7 +8,7 @@
     DISTDL_FAIL_AT="0:save.begin:TERM>launcher"       rank 0 sends SIGTERM to the launcher
 
 Several faults are separated by commas. Actions: kill, raise, enospc, NAME (a signal to oneself, such as
-TERM or USR1), NAME>launcher, NAME>all (the launcher and all its workers).
+TERM or USR1), NAME>launcher, NAME>all (this process group: the launcher and all its workers).
 """
 
 from __future__ import annotations
@@ -72,27 +72,25 @@ def _trigger(name: str, step: int | None) -> None:
             _act(fault.action, name)
 
 
-def _act(action: str, name: str) -> None:
+def _act(action: str, where: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if action == "raise":
-        raise InjectedFault(f"injected at {name}")
-    if action == "enospc":
+    elif action == "raise":
+        raise InjectedFault(f"injected at {where}")
+    elif action == "enospc":
         raise OSError(errno.ENOSPC, "No space left on device")
-    signal_name, _, target = action.partition(">")
-    number = signal.Signals[f"SIG{signal_name}"]
-    for pid in _targets(target):
-        os.kill(pid, number)
+    else:
+        name, _, target = action.partition(">")
+        _send(target, signal.Signals[f"SIG{name}"])
 
 
-def _targets(target: str) -> list[int]:
-    if target == "":
-        return [os.getpid()]
-    launcher = int(os.environ["DISTDL_LAUNCHER_PID"])
+def _send(target: str, number: signal.Signals) -> None:
     if target == "launcher":
-        return [launcher]
-    workers = [int(p) for p in os.environ.get("DISTDL_WORKER_PIDS", "").split() if p]
-    return [launcher, *workers, os.getpid()]
+        os.kill(int(os.environ["DISTDL_LAUNCHER_PID"]), number)
+    elif target == "all":
+        os.killpg(os.getpgrp(), number)
+    else:
+        os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything that has to hold: style, types, tests. Makes the same .venv as quickstart.sh, with the test tools.
+#
+#   bash tests/run.sh            all of it
+#   bash tests/run.sh --fast     without what takes more than a few seconds
+#   bash tests/run.sh --full     with the long fault campaigns
+#   bash tests/run.sh -- ARGS    pytest alone, with these arguments
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/setup_env.sh
+. "$here/launch/setup_env.sh"
+setup_env dev
+cd "$here"
+
+select=(-m "not campaign")
+case "${1:-}" in
+  --fast) select=(-m "not campaign and not slow") ;;
+  --full) select=() ;;
+  --)
+    shift
+    exec .venv/bin/python -m pytest "$@"
+    ;;
+  "") ;;
+  *)
+    echo "unknown option $1: expected --fast, --full or -- PYTEST_ARGUMENTS" >&2
+    exit 2
+    ;;
+esac
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -q --durations=10 "${select[@]}"
