@@ -153,12 +153,14 @@ def _from_open_mpi(env: Mapping[str, str]) -> Topology:
         )
     # mpirun gives all ranks of a job one parent identity; without it the default port has to do.
     job = sum(env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", "")).encode())
+    rank = _number(env, "OMPI_COMM_WORLD_RANK")
     return Topology(
-        rank=_number(env, "OMPI_COMM_WORLD_RANK"),
+        rank=rank,
         world_size=world,
         local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
         local_world_size=local,
-        node_rank=_number(env, "OMPI_COMM_WORLD_NODE_RANK", 0) if local < world else 0,
+        # Not OMPI_COMM_WORLD_NODE_RANK, which counts processes on this node, not nodes.
+        node_rank=rank // max(local, 1),
         launcher="mpirun",
         master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
         master_port=_number(env, "MASTER_PORT", 15000 + job * 7 % 16000),

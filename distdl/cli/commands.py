@@ -113,7 +113,7 @@ def evaluate(
 ) -> int:
     """Evaluate a checkpoint on every evaluation row, exactly once, with one process or many."""
     recipe, topology = load_recipe(config, overrides or []), Topology.from_env(os.environ)
-    from distdl.train.evaluation import evaluate_process
+    from distdl.train.eval_process import evaluate_process
 
     return evaluate_process(recipe, topology, checkpoint, as_json=as_json)
 

@@ -13,6 +13,11 @@ from distdl.errors import Incompatible
 if TYPE_CHECKING:
     from distdl.recipe.schema import AdamW, Sgd
 
+_SLOTS: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
 
 def build_optimizer(model: nn.Module, optim: Sgd | AdamW) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters. Norms and biases (one dimension or none) are not decayed
@@ -42,7 +47,10 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse of `state_by_name`; or raises Incompatible, naming what differs, and touches nothing."""
+    """The reverse of `state_by_name`; or raises Incompatible, naming what differs, and touches nothing.
+
+    State of another kind of optimiser is left out: a run that was allowed to change its own begins it afresh.
+    """
     check_model(model, tensors)
     parameters = dict(model.named_parameters())
     slots = [k.split("/", 2)[1:] for k in tensors if k.startswith("optim/")]
@@ -51,9 +59,19 @@ def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
         raise Incompatible(
             f"the checkpoint has optimiser state for parameters the model lacks: {unknown[:8]}"
         )
+    shapes = [
+        f"{slot} of {name}: {tuple(tensors[f'optim/{slot}/{name}'].shape)} for a parameter of "
+        f"{tuple(parameters[name].shape)}"
+        for slot, name in slots
+        if slot != "step" and tensors[f"optim/{slot}/{name}"].shape != parameters[name].shape
+    ]
+    if shapes:
+        raise Incompatible(f"the checkpoint's optimiser state has other shapes: {'; '.join(shapes[:8])}")
     load_model(model, tensors)
     optimizer.state.clear()
     for slot, name in slots:
+        if slot not in _SLOTS[type(optimizer)]:
+            continue
         value, parameter = tensors[f"optim/{slot}/{name}"], parameters[name]
         if slot == "step":
             optimizer.state[parameter][slot] = value.clone()  # step counters stay on the CPU

@@ -68,9 +68,11 @@ def table(title: str, rows: Mapping[str, Any]) -> Table:
     return grid
 
 
-def show(title: str, rows: Mapping[str, Any]) -> None:
-    """Print `table` on standard output."""
-    Console(file=sys.stdout, soft_wrap=True).print(table(title, rows))
+def show(title: str, rows: Mapping[str, Any], paths: Mapping[str, Any] | None = None) -> None:
+    """Print `table` on standard output, and `paths` below it, each whole on a line, to be copied."""
+    Console(file=sys.stdout).print(table(title, rows))
+    for name, path in (paths or {}).items():
+        print(f"{name}: {path}")  # noqa: T201
     sys.stdout.flush()
 
 

@@ -9,7 +9,7 @@ from distdl.record import RunDirectory, read_lines
 
 
 def summary(directory: RunDirectory) -> dict[str, Any]:
-    """Name -> value of a finished run: its last evaluation, best metric, throughput, run directory."""
+    """Name -> value of a finished run: its last evaluation, best metric, throughput."""
     done = [e for e in read_lines(directory.events) if e["event"] == "done"]
     rows: dict[str, Any] = {}
     if done:
@@ -19,10 +19,9 @@ def summary(directory: RunDirectory) -> dict[str, Any]:
         rows["steps"] = last["step"]
         rows["throughput"] = f"{last['samples_per_s']:,.0f} samples/s with {last['world_size']} processes"
         rows["training time"] = f"{last['seconds']:.1f} s in the last attempt"
-    rows["run directory"] = str(directory.path)
     return rows
 
 
 def show_summary(directory: RunDirectory) -> None:
-    """Print `summary` as a table."""
-    show("finished", summary(directory))
+    """Print `summary` as a table, and where the run lies."""
+    show("finished", summary(directory), {"run directory": directory.path})

@@ -30,13 +30,23 @@ def fit(s: Session) -> int:
         if s.save_due:
             write_checkpoint(s)
         if s.finished:
-            flush_row(s)
-            s.beat("finished")
-            return errors.DONE
+            return finish(s)
         batch = s.next_batch()
         if batch is None:
             return leave(s)
         train_step(s, batch)
+
+
+def finish(s: Session) -> int:
+    """The end of the run: all steps done, or early stopping satisfied."""
+    flush_row(s)
+    s.beat("finished")
+    if s.state.step < s.plan.total_steps:
+        s.console.say(
+            f"stopped early at step {s.state.step}: {s.state.evals_without_gain} evaluations in a row "
+            f"without a better {s.recipe.eval.metric} than {s.state.best} (eval.patience)"
+        )
+    return errors.DONE
 
 
 def train_step(s: Session, batch: StepBatch) -> None:

@@ -87,7 +87,9 @@ class Launched:
             alive = self.pids()
             os.killpg(self.process.pid, signal.SIGKILL)
             self.output += self.process.communicate()[0]
-            raise AssertionError(f"no end within {timeout_s} s; alive {alive}; output:\n{self.output}") from None
+            raise AssertionError(
+                f"no end within {timeout_s} s; alive {alive}; output:\n{self.output}"
+            ) from None
         return self.process.returncode
 
     def assert_nobody_left(self, within_s: float = 3.0) -> None:

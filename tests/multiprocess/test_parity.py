@@ -133,9 +133,10 @@ def test_resume_is_bit_identical(size: int, tmp_path: Path) -> None:
 
 def test_adamw_resumes_at_another_world_size(tmp_path: Path) -> None:
     whole = train_adamw(tmp_path / "whole", 1)
-    assert run_world(train_rank, 3, adamw(tmp_path / "parts"), env={"DISTDL_FAIL_AT": "2:train.step@6:TERM"}) == [
-        75
-    ] * 3
+    assert (
+        run_world(train_rank, 3, adamw(tmp_path / "parts"), env={"DISTDL_FAIL_AT": "2:train.step@6:TERM"})
+        == [75] * 3
+    )
     assert run_world(train_rank, 2, adamw(tmp_path / "parts")) == [0, 0]
     _, error = worst(results(tmp_path / "parts")[1], whole)
     assert error < 1e-4

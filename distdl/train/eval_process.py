@@ -22,7 +22,7 @@ from distdl.record import RunDirectory
 from distdl.tasks import Task
 from distdl.topology import Topology
 from distdl.train.evaluate import evaluate
-from distdl.train.process import build, enter_world, prepare_data
+from distdl.train.setup import build, enter_world, prepare_data
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: Path | None
         return error.exit_code
     leave()
     if topology.rank == 0:
-        facts = {"checkpoint": str(path), "rows": plan.eval_rows, **metrics}
         if as_json:
-            print(json.dumps(facts))  # noqa: T201
+            print(json.dumps({"checkpoint": str(path), "rows": plan.eval_rows, **metrics}))  # noqa: T201
         else:
-            show("evaluation", {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in facts.items()})
+            rows_shown = {"rows": plan.eval_rows} | {k: f"{v:.4f}" for k, v in metrics.items()}
+            show("evaluation", rows_shown, {"checkpoint": path})
     return errors.DONE
 
 

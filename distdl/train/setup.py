@@ -1,0 +1,145 @@
+"""From a recipe and a place in the world to a `Session` that is ready to train."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from distdl import __version__
+from distdl.comm import World, share_problem, together
+from distdl.comm.world import join
+from distdl.data import Prefetcher, Prepared, describe, open_split
+from distdl.data.prepare import prepare
+from distdl.engines import Engine, build_engine
+from distdl.keys import key
+from distdl.models import model_factory
+from distdl.observe.console import RunConsole
+from distdl.plan import DataInfo, Plan, make_plan
+from distdl.recipe import Recipe, mathematics, recipe_hash, to_yaml
+from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
+from distdl.tasks import Task, build_task
+from distdl.topology import Topology
+from distdl.train.resume import Identity, Resumed, resume
+from distdl.train.session import Session, microbatch_maker
+from distdl.train.stop import StopFlag
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known before anything is built. `attempt` is this attempt's folder in `directory`."""
+
+    recipe: Recipe
+    plan: Plan
+    world: World
+    topology: Topology
+    directory: RunDirectory
+    attempt: Path
+    stop: StopFlag
+
+
+def open_session(
+    o: Opening, *, allow_changed: bool = False, terminal: IO[str] | None = None, quiet: bool = False
+) -> tuple[Session, Resumed]:
+    """Collective. Prepare the data, build model and engine, load the newest checkpoint if there is one.
+
+    Raises on all ranks together where any of them fails. The session is at a step boundary.
+    """
+    recipe, plan, world = o.recipe, o.plan, o.world
+    prepared = prepare_data(recipe, world, o.topology)
+    task, engine = together(world, lambda: build(recipe, plan, world, o.topology, prepared.info))
+    identity = Identity(recipe_hash(recipe), mathematics(recipe), prepared.info.fingerprint)
+    resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
+    row = together(world, lambda: _begin(o, resumed) if world.is_main else None)
+    rows = open_split(prepared, recipe.data.train_split)
+    session = Session(
+        recipe=recipe,
+        plan=plan,
+        world=world,
+        task=task,
+        engine=engine,
+        state=resumed.state,
+        directory=o.directory,
+        console=RunConsole(plan.total_steps, quiet=quiet, terminal=terminal),
+        stop=o.stop,
+        heartbeat=Heartbeat(o.attempt / "heartbeat") if world.is_main else None,
+        batches=Prefetcher(
+            microbatch_maker(recipe, plan, task, rows, world.rank), recipe.hardware.prefetch_steps
+        ),
+        eval_rows=open_split(prepared, recipe.data.eval_split),
+        identity=identity,
+        saved_step=resumed.state.step if resumed.path else None,
+        row=row or {},
+    )
+    session.started_samples = session.clock_samples = resumed.state.samples
+    return session, resumed
+
+
+def enter_world(recipe: Recipe, topology: Topology) -> tuple[World, Plan, DataInfo]:
+    """Collective. Plan, set threads and device, join the process group; errors are raised on all ranks."""
+    problem: Exception | None = None
+    try:
+        info = describe(recipe.data.name, recipe.data.path)
+        plan = make_plan(recipe, topology, info)
+        torch.set_num_threads(plan.threads)
+        if plan.device == "cuda":
+            torch.cuda.set_device(topology.local_rank)
+    except Exception as error:
+        problem = error
+    device = "cpu" if problem else plan.device
+    if topology.launcher in ("srun", "mpirun") and topology.world_size > 1:
+        os.environ["MASTER_ADDR"] = str(topology.master_addr)
+        os.environ["MASTER_PORT"] = str(topology.master_port)
+    world = join(topology.rank, topology.world_size, device, recipe.launch.timeout_s)
+    share_problem(world, problem)
+    return world, plan, info
+
+
+def prepare_data(recipe: Recipe, world: World, topology: Topology) -> Prepared:
+    """Collective. One rank a node prepares the data, then all open them."""
+    name, path = recipe.data.name, recipe.data.path
+    together(world, lambda: prepare(name, path) if topology.local_rank == 0 else None)
+    return together(world, lambda: prepare(name, path))
+
+
+def build(
+    recipe: Recipe, plan: Plan, world: World, topology: Topology, info: DataInfo
+) -> tuple[Task, Engine]:
+    """The task, and the engine with a model initialised from (seed, "init"): the same on every rank."""
+    make_model = model_factory(recipe.model.name, recipe.model.options())
+    task = build_task(recipe.task.name, recipe.task.options(), make_model, info)
+    device = torch.device("cuda", topology.local_rank) if plan.device == "cuda" else torch.device("cpu")
+    engine = build_engine(plan, recipe, world, device)
+    torch.manual_seed(key(recipe.train.seed, "init"))
+    engine.setup(task.build_model())
+    return task, engine
+
+
+def _begin(o: Opening, resumed: Resumed) -> dict[str, Any]:
+    """Rank 0: write down what runs here; returns the row of metrics that the resumed step had."""
+    write_atomic(o.directory.recipe, to_yaml(o.recipe))
+    write_atomic(o.attempt / "plan.json", json.dumps(o.plan.as_dict(), indent=2) + "\n")
+    write_atomic(o.attempt / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return rewind_metrics(o.directory.metrics, resumed.state.step)
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on: versions, host, processor; no environment variables, which hold secrets."""
+    return {
+        "distdl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "time": time.time(),
+    }
