@@ -115,11 +115,9 @@ def main() -> None:
         )
         times = run_world(measure, 2, recipe, options.rounds, options.steps, deadline_s=600)[0]
     ratios = [theirs / ours for ours, theirs in times]
-    samples = 2 * MICRO
-    print(
-        f"distdl      {samples / statistics.median(t[0] for t in times):8.0f} samples/s (median of {len(times)})"
-    )
-    print(f"by hand     {samples / statistics.median(t[1] for t in times):8.0f} samples/s")
+    for column, name in enumerate(("distdl", "by hand")):
+        rate = 2 * MICRO / statistics.median(t[column] for t in times)
+        print(f"{name:8} {rate:8.0f} samples/s (median of {len(times)} turns)")
     print(f"throughput of distdl over by hand: median {statistics.median(ratios):.3f}")
     quarters = statistics.quantiles(ratios, n=4)
     print(f"(quartiles {quarters[0]:.3f} to {quarters[2]:.3f})")

@@ -20,7 +20,8 @@ from hypothesis.configuration import set_hypothesis_home_dir
 hypothesis.settings.register_profile("distdl", database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("distdl")
 
-_PYTEST_OWN = "PYTEST_CURRENT_TEST"
+_NOT_THE_TESTS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+"""Set by pytest for each test, and by torch when it first imports its compiler."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +56,7 @@ def _nothing_left_behind() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != _PYTEST_OWN}
+    return {name: value for name, value in os.environ.items() if name not in _NOT_THE_TESTS}
 
 
 def _environment_changes(before: dict[str, str]) -> list[str]:

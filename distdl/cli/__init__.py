@@ -11,8 +11,8 @@ def main() -> None:
     """Console entry point. Ends the process with the command's exit code."""
     if len(sys.argv) > 1 and sys.argv[1] in ("launch", "train"):
         # Until their own handlers stand, a request to stop ends these commands as "nothing to save".
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: os._exit(143))
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)):
+            signal.signal(number, lambda *_, code=code: os._exit(code))
     from distdl.cli.commands import run
 
     sys.exit(run())

@@ -80,11 +80,13 @@ def launch(
         _show_plan(recipe, plan)
         return errors.DONE
     from distdl.data.prepare import prepare
+    from distdl.launch.server import start_server
     from distdl.record import RunDirectory
 
     directory = RunDirectory(recipe.run.dir or "runs/unnamed")
     directory.create()
     with directory.lock():
+        start_server(plan)
         prepare(recipe.data.name, recipe.data.path)
         from distdl.launch.local import launch as launch_local
 

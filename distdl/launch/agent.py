@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +16,15 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from distdl.launch.failure import Casualty, write_failure
+from distdl.launch.server import REQUESTS, requests_held
 from distdl.launch.worker import WorkOrder
 from distdl.record import Heartbeat, RunDirectory
-from distdl.train.stop import REQUESTS
 
 logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
+
+
+_STOPPING = "\n{}: stopping at the next step boundary, all ranks together (Ctrl-C twice ends at once)\n"
 
 
 class StoppedWhileDown(Exception):
@@ -76,7 +78,9 @@ class RunAgent(LocalElasticAgent):
         if self._interrupts > 1:
             self._kill_workers()
             os._exit(130)
-        self.stop_signal = self.stop_signal or signal.Signals(number)
+        if self.stop_signal is None:
+            self.stop_signal = signal.Signals(number)
+            os.write(1, _STOPPING.format(self.stop_signal.name).encode())  # print may not run in a handler
         self._pass_on(signal.Signals(number))
 
     def _pass_on(self, number: signal.Signals) -> None:
@@ -96,19 +100,11 @@ class RunAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self.stop_signal is not None:
             raise StoppedWhileDown
-        # Workers, and the fork server they come from, are born with these signals blocked and let them in
-        # once their handlers stand. The parent class installs handlers of its own meanwhile.
-        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
-        # Starting the resource tracker unblocks SIGINT and SIGTERM again; so it is started before the rest.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
-        try:
+        with requests_held():
             self.attempt = self._directory.new_attempt()
             worker_group.spec.args = (self._order(self.attempt),)
             started: dict[int, Any] = super()._start_workers(worker_group)
-        finally:
-            self.install_handlers()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+            self.install_handlers()  # the parent class may have installed others
         self._pass_on_what_came()
         return started
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import uuid
 from pathlib import Path
 
@@ -21,10 +19,9 @@ from distdl.record import RunDirectory
 def launch(recipe: Recipe, plan: Plan, directory: RunDirectory, *, allow_changed: bool) -> int:
     """Run `plan.world_size` workers on this machine until the run ends; returns its exit code.
 
-    The run directory must be locked by the caller. Blocks. Raises LaunchError, naming the rank that failed
-    and why, when the restart budget is spent.
+    The caller has locked the run directory and called `start_server`. Blocks. Raises LaunchError, naming the
+    rank that failed and why, when the restart budget is spent.
     """
-    _prepare_environment(plan)
     spec = WorkerSpec(
         role="distdl",
         local_world_size=plan.world_size,
@@ -46,17 +43,6 @@ def launch(recipe: Recipe, plan: Plan, directory: RunDirectory, *, allow_changed
     if agent.stop_signal is not None:
         return _stopped(agent, directory)
     raise errors.LaunchError(_story(agent))
-
-
-def _prepare_environment(plan: Plan) -> None:
-    """What the workers inherit. Set before the fork server starts, since libraries read it when loaded."""
-    os.environ["DISTDL_LAUNCHER_PID"] = str(os.getpid())
-    os.environ["OMP_NUM_THREADS"] = str(plan.threads)
-    # One machine: gloo and nccl talk over loopback unless the user chose an interface.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    os.environ["TORCH_DISABLE_ADDR2LINE"] = "1"
-    multiprocessing.set_forkserver_preload(["distdl.launch.preload"])
 
 
 def _stopped(agent: RunAgent, directory: RunDirectory) -> int:

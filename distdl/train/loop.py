@@ -180,12 +180,14 @@ def write_checkpoint(s: Session) -> None:
 
 def leave(s: Session) -> int:
     """Collective. Leave together on request: save what is not saved yet, and say how it stands."""
+    asked = {rank: name for rank, name in enumerate(s.world.gather(s.stop.signal)) if name}
+    rank, name = next(iter(asked.items()), (None, None))
     if s.state.step == 0:
-        s.event("stop", signal=s.stop.signal, saved=None)
+        s.event("stop", signal=name, asked_of_rank=rank, saved=None)
         s.console.say("stopped before the first step; there was nothing to save")
         return errors.STOPPED_BEFORE_START
     if s.saved_step != s.state.step:
         write_checkpoint(s)
-    s.event("stop", signal=s.stop.signal, saved=s.saved_step)
+    s.event("stop", signal=name, asked_of_rank=rank, saved=s.saved_step)
     s.console.say(f"stopped on request at step {s.state.step}, everything saved; start again to go on")
     return errors.STOPPED

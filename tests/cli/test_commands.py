@@ -17,6 +17,8 @@ from distdl.testing import assert_same_bits
 from tests.cli.test_bad_input import distdl
 from tests.faults.support import Launched, events, wait_for_event, worker_pids, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def tensors_of(run: Path) -> Any:
     found = find_latest(run / "checkpoints")

@@ -92,6 +92,15 @@ class Launched:
             ) from None
         return self.process.returncode
 
+    def wait_for_line(self, words: str) -> None:
+        """Read what the command prints until a line has `words`. Raises AssertionError at its end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if words in line:
+                return
+        raise AssertionError(f"ended without saying {words!r}:\n{self.output}")
+
     def assert_nobody_left(self, within_s: float = 3.0) -> None:
         """All processes of this command are gone, or go within a moment."""
         end = time.monotonic() + within_s

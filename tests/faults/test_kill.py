@@ -18,6 +18,8 @@ from distdl.record import read_lines
 from distdl.testing import assert_same_bits
 from tests.faults.support import Launched, events, wait_for_event, worker_pids, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def tensors_of(run: Path) -> Any:
     found = find_latest(run / "checkpoints")
@@ -88,7 +90,6 @@ def check(folder: Path, kills: int, steps: int, seed: int) -> None:
     assert p95 < 4.0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     check(tmp_path, kills=20, steps=1500, seed=20)
