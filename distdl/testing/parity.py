@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,9 +10,15 @@ from torch import Tensor
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """``|a - b| / |b|`` in the Euclidean norm, in float64; 0 where both are zero."""
-    difference = float((a.double() - b.double()).norm())
-    return difference / float(b.double().norm()) if difference else 0.0
+    """``|a - b| / |b|`` in the Euclidean norm, in float64; 0 where both are zero, infinite where that is no
+    number or `b` alone is zero. Raises AssertionError on other shapes.
+    """
+    assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
+    difference, size = float((a.double() - b.double()).norm()), float(b.double().norm())
+    if difference == 0:
+        return 0.0
+    # Not NaN, which no comparison finds too large.
+    return difference / size if size and math.isfinite(difference) else math.inf
 
 
 def worst(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -66,7 +67,7 @@ def _collect(receivers: list[Connection], deadline_s: float) -> list[tuple[bool,
         for ready in multiprocessing.connection.wait(list(waiting), left):
             rank = waiting.pop(ready)
             try:
-                outcomes[rank] = receivers[rank].recv()
+                outcomes[rank] = pickle.loads(receivers[rank].recv_bytes())  # noqa: S301 - our own process
             except EOFError:
                 outcomes[rank] = (False, "the process died without a word (killed?)")
     return outcomes
@@ -94,9 +95,10 @@ def _rank_main(
     faults.arm_from_environment(rank)
     try:
         world = join(rank, size, "cpu", 60.0, FileStore(store, size) if size > 1 else None)
-        result = (True, fn(world, *args))
+        # Plain pickle: multiprocessing's would leave a tensor in shared memory that ends with this process.
+        result = pickle.dumps((True, fn(world, *args)))
         leave()
     except BaseException:
-        result = (False, traceback.format_exc())
-    sender.send(result)
+        result = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(result)
     sender.close()

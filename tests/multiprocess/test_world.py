@@ -97,6 +97,15 @@ def test_run_world_tells_every_ranks_story(how: str, says: str) -> None:
         run_world(breaks, 2, how)
 
 
+def cannot_be_told(world: World) -> Any:
+    return lambda: None
+
+
+def test_run_world_needs_results_that_pickle() -> None:
+    with pytest.raises(WorldFailed, match=r"(?s)--- rank 0 of 1 ---.*[Pp]ickle"):
+        run_world(cannot_be_told, 1)
+
+
 def waits_for_ever(world: World) -> None:
     signal.pause()
 

@@ -26,7 +26,7 @@ def test_an_unarmed_point_does_nothing() -> None:
 def test_a_fault_happens_once_at_its_point() -> None:
     with fail_at(0, "save.begin"):
         point("save.end")
-        with pytest.raises(InjectedFault, match="injected at save.begin"):
+        with pytest.raises(InjectedFault, match=r"injected at save\.begin"):
             point("save.begin")
         point("save.begin")
     point("save.begin")
@@ -189,9 +189,19 @@ def test_the_worst_tensor_is_named() -> None:
     assert relative_error(torch.tensor([2e-30]), torch.tensor([1e-30])) == pytest.approx(1.0)
 
 
-def test_a_comparison_with_nothing_or_nan_is_never_close() -> None:
-    assert not relative_error(torch.ones(1), torch.zeros(1)) < 1e9
-    assert not relative_error(torch.tensor([math.nan]), torch.ones(1)) < 1e9
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_is_the_worst(bad: float) -> None:
+    b = tensors(v=torch.ones(2), w=torch.ones(2), x=torch.ones(2))
+    for name in b:
+        a = {**b, "w": torch.tensor([1.0, 1.1]), name: torch.tensor([1.0, bad])}
+        assert worst(a, b) == (name, math.inf)
+        assert worst(b, a) == (name, math.inf)
+    assert relative_error(torch.ones(1), torch.zeros(1)) == math.inf
+
+
+def test_shapes_are_not_stretched_to_fit() -> None:
+    with pytest.raises(AssertionError, match=r"shapes differ: \(3,\) and \(1,\)"):
+        relative_error(torch.ones(3), torch.ones(1))
 
 
 def test_the_kit_is_what_it_says() -> None:

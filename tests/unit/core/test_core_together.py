@@ -80,7 +80,7 @@ def test_every_failing_rank_keeps_its_own_and_the_rest_hear_the_first() -> None:
 
 
 def test_alone() -> None:
-    with pytest.raises(errors.DataError, match="^r$"):
+    with pytest.raises(errors.DataError, match=r"^r$"):
         together(World(), lambda: raises(errors.DataError("r"), on=0)(0))
     share_problem(World(), None)
 
