@@ -183,6 +183,27 @@ def test_recomputation_in_backward_does_not_count(reentrant: bool, last: bool) -
     assert equal({name.removeprefix("inner."): t for name, t in found.items()}, expected)
 
 
+class Twice(nn.Module):
+    """One norm, used at two places."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self._recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution in (self.first, self.second):
+            part = nn.Sequential(convolution, self.norm, nn.ReLU())
+            x = checkpoint(part, x, use_reentrant=False) if self._recompute else part(x)
+        return x
+
+
+def test_recomputation_of_a_norm_in_two_places_does_not_count() -> None:
+    """Backward recomputes the places in the other order."""
+    assert equal(run_steps(World(), Twice(True)), run_steps(World(), Twice(False)))
+
+
 def test_a_skipped_step_leaves_them() -> None:
     model = net()
     statistics = RunningStatistics(model)

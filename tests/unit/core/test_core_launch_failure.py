@@ -63,6 +63,12 @@ def test_a_killed_rank_comes_before_its_consequences(attempt: Attempt) -> None:
     ]
 
 
+def test_a_killed_rank_comes_before_what_other_ranks_raised(attempt: Attempt) -> None:
+    """A lost peer may surface as any exception, in a user's code too; nothing but a cause kills a process."""
+    attempt.report(0, time=1.0, consequence=False)
+    assert attempt.failure((0, 70), (1, KILLED))["rank"] == 1
+
+
 def test_an_exception_comes_before_its_consequences_even_if_told_later(attempt: Attempt) -> None:
     attempt.report(0, time=1.0, consequence=True, exception="PeerFailed")
     attempt.report(1, time=3.0, consequence=False)

@@ -86,8 +86,14 @@ def test_alone() -> None:
 
 
 def test_a_request_to_end_the_process_is_not_held_back() -> None:
+    """Nor does it take part in a collective while it unwinds."""
+
     def leave() -> None:
         raise KeyboardInterrupt
 
+    class Alone(World):
+        def gather(self, value: Any) -> list[Any]:
+            raise AssertionError("a collective while an exception unwinds")
+
     with pytest.raises(KeyboardInterrupt):
-        together(World(), leave)
+        together(Alone(), leave)

@@ -54,9 +54,11 @@ def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in REQUESTS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)  # drops a signal that is still held back
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number, handler in before.items():
         signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.mark.usefixtures("handlers")
