@@ -16,7 +16,7 @@ from distdl.checkpoint.retention import clean_temporary
 from distdl.comm import PeerFailed, together
 from distdl.comm.world import leave
 from distdl.errors import DistdlError
-from distdl.observe.failure import report_failure
+from distdl.observe.failure import is_consequence, report_failure
 from distdl.observe.summary import show_summary
 from distdl.recipe import Recipe
 from distdl.record import RunDirectory
@@ -67,7 +67,13 @@ def train_process(recipe: Recipe, topology: Topology, options: Options) -> int:
 
 
 def _crash(error: Exception, directory: RunDirectory, topology: Topology, where: str) -> None:
-    print(f"{where}{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)  # noqa: T201
+    """Leave a report and end this process at once. No collective: the other ranks may be gone."""
+    if is_consequence(error):
+        # The rank that died is the cause; a survivor's traceback in front of it would mislead.
+        story = f"{type(error).__name__}: another rank is gone\n"
+    else:
+        story = "".join(traceback.format_exception(error))
+    print(f"{where}{story}", file=sys.stderr, flush=True)  # noqa: T201
     if directory.attempts.is_dir():
         report_failure(directory, topology.rank, error)
     sys.stdout.flush()

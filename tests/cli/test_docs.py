@@ -24,8 +24,10 @@ import yaml
 from distdl import errors
 from distdl.cli import commands
 from distdl.errors import DataError
+from distdl.plan import DataInfo, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.recipe.problems import describe
+from distdl.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -266,7 +268,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("stage")
     tensors = {f"model/{name}": t for name, t in Cnn5(1, 10).state_dict().items()}
-    facts = Facts(200, "0" * 16, {}, "0" * 32, {"step": 200}, "ddp")
+    facts = Facts(400, "0" * 16, {}, "0" * 32, {"step": 400}, "ddp")
     save(folder / "runs" / "fashion_cnn" / "checkpoints", tensors, facts, World(), keep=1)
     return folder
 
@@ -333,6 +335,8 @@ def test_every_recipe_loads_and_plans(it: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(it)
     assert re.fullmatch(r"[0-9a-f]{16}", recipe_hash(recipe))
+    rows = DataInfo("any", {recipe.data.train_split: 1000, recipe.data.eval_split: 100}, {}, "0" * 32)
+    assert make_plan(recipe, Topology.of(1, 2, cpus=2), rows).world_size == 2
     if recipe.data.path and not Path(recipe.data.path).exists():  # data that a script fetches
         with pytest.raises(DataError, match="does not exist"):
             commands._plan(recipe, 1, 2)
