@@ -217,7 +217,9 @@ class _Every(Section):
 class Eval(_Every):
     """When to evaluate, and what "best" means. With both periods null, only at the end."""
 
-    metric: Text = Field("accuracy", description="The task's metric whose best value is noted, and that patience watches.")
+    metric: Text = Field(
+        "accuracy", description="The task's metric whose best value is noted, and that patience watches."
+    )
     mode: Literal["max", "min"] = Field("max", description="Whether a larger or a smaller metric is better.")
     patience: Count | None = Field(None, description="Evaluations without improvement that end the run.")
     min_delta: NotNegative = Field(0.0, description="Smallest change of the metric that is an improvement.")
