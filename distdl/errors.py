@@ -13,8 +13,8 @@
     ├── DataError              5   missing, unreadable or unsuitable data
     └── Diverged               6   too many non-finite steps in a row
 
-Two codes have no exception: 75, stopped on request with everything saved (a scheduler should requeue), and
-143, stopped before there was anything to save.
+Three codes have no exception: 75, stopped on request with everything saved (a scheduler should requeue);
+143, stopped before there was anything to save; and 130, ended at once by a second Ctrl-C.
 """
 
 from __future__ import annotations

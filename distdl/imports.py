@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ def import_attribute(path: str, key: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(
             f"{key} = {path!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
             f"Expected package.module:attribute, importable from {Path.cwd()} or installed"
         ) from error
-    if not hasattr(module, attribute):
+    try:
+        return attrgetter(attribute)(module)
+    except AttributeError:
         hint = nearest(attribute, [n for n in dir(module) if not n.startswith("_")])
-        raise RecipeError(f"{key} = {path!r}: module {module_name!r} has no attribute {attribute!r}{hint}")
-    return getattr(module, attribute)
+        raise RecipeError(
+            f"{key} = {path!r}: module {module_name!r} has no attribute {attribute!r}{hint}"
+        ) from None
 
 
 def call_with_known(factory: Callable[..., Any], offered: dict[str, Any], asked: dict[str, Any]) -> Any:

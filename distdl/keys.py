@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 
 def key(seed: int, purpose: str, *numbers: int) -> int:
@@ -13,3 +14,15 @@ def key(seed: int, purpose: str, *numbers: int) -> int:
     """
     text = f"{seed}/{purpose}/" + "/".join(map(str, numbers))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def seed_everything(value: int) -> None:
+    """Seed every stream that a model may draw from: torch's on all devices, numpy's, Python's."""
+    import numpy as np
+    import torch
+
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)

@@ -112,10 +112,11 @@ class Plan:
         total = -(-(end - first) // self.micro_batch)
         lo, hi = share(total, rank, self.world_size)
         real = [self._microbatch(i, first, end) for i in range(lo, hi)]
-        if real or not ENGINES[self.engine].needs_one:
-            return real
-        repeat = self._microbatch(total - 1, first, end)
-        return [Microbatch(repeat.number, repeat.start, repeat.stop, weight=0)]
+        can = ENGINES[self.engine]
+        wanted = -(-total // self.world_size) if can.equal_counts else int(can.needs_one)
+        last = self._microbatch(total - 1, first, end)
+        repeat = Microbatch(last.number, last.start, last.stop, weight=0)
+        return real + [repeat] * (wanted - len(real))
 
     def _microbatch(self, number: int, first: int, end: int) -> Microbatch:
         start = first + number * self.micro_batch

@@ -21,9 +21,12 @@ import struct
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from distdl.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from distdl.recipe import Recipe
 
 
 class RunDirectory:
@@ -36,6 +39,11 @@ class RunDirectory:
         self.events = self.path / "events.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.attempts = self.path / "attempts"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunDirectory:
+        """The run directory that `recipe` names."""
+        return cls(recipe.run.dir or "runs/unnamed")
 
     def create(self) -> None:
         """Make the folders. Raises EnvironmentProblem when that is not possible."""
@@ -129,15 +137,23 @@ def write_atomic(path: Path, text: str) -> None:
 def rewind_metrics(path: Path, step: int) -> dict[str, Any]:
     """Drop the rows that a resume at `step` will write again; returns the row of `step` itself, or {}.
 
-    That row is taken out too: an evaluation at `step` that was interrupted still adds to it.
+    That row stays: an evaluation at `step` that was interrupted adds to it with `put_row`.
     """
-    rows = read_lines(path)
-    text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step)
+    kept = [row for row in read_lines(path) if row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
     # A line that a kill cut short goes too: the next row would be appended to it and be lost with it.
     if path.exists() and path.read_text() != text:
         write_atomic(path, text)
-    at = [row for row in rows if row["step"] == step]
-    return at[-1] if at else {}
+    return kept[-1] if kept and kept[-1]["step"] == step else {}
+
+
+def put_row(path: Path, row: dict[str, Any]) -> None:
+    """Write `row` in place of the last row, where that has the same step; else after it."""
+    rows = read_lines(path)
+    if not rows or rows[-1]["step"] != row["step"]:
+        append_line(path, row)
+    elif rows[-1] != row:
+        write_atomic(path, "".join(json.dumps(_finite(r)) + "\n" for r in [*rows[:-1], row]))
 
 
 PHASES = ("starting", "step", "evaluating", "saving", "finished")

@@ -24,7 +24,8 @@ class Topology:
     """One process's place among the processes of a run, and what its node offers.
 
     `gpus` and `cpus` are those this node lets the run use. `master_addr` and `master_port` name the
-    rendezvous; both are None for a single process.
+    rendezvous; both are None for a single process. `agent_store`: the launcher's agent serves a store there,
+    and `attempt` counts how often it has restarted its workers.
     """
 
     rank: int = 0
@@ -35,6 +36,8 @@ class Topology:
     launcher: str = "none"
     master_addr: str | None = None
     master_port: int | None = None
+    agent_store: bool = False
+    attempt: int = 0
     cpus: int = 1
     gpus: int = 0
 
@@ -120,6 +123,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         launcher="distdl" if "DISTDL_LAUNCHER_PID" in env else "torchrun",
         master_addr=env.get("MASTER_ADDR"),
         master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else None,
+        agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

@@ -12,6 +12,7 @@ import typer
 
 from distdl import __version__, errors
 from distdl.errors import DistdlError
+from distdl.lifeline import die_with_parent
 from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.topology import Topology, visible_gpus
@@ -44,6 +45,9 @@ def run() -> int:
     except DistdlError as error:
         _say(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        _say(f"error: {error}")
+        return errors.ENVIRONMENT
     except typer.Exit as leaving:
         return leaving.exit_code
     except Exception as error:
@@ -83,10 +87,10 @@ def launch(
     from distdl.launch.server import start_server
     from distdl.record import RunDirectory
 
-    directory = RunDirectory(recipe.run.dir or "runs/unnamed")
+    directory = RunDirectory.of(recipe)
     directory.create()
     with directory.lock():
-        start_server(plan)
+        start_server(plan, directory)
         prepare(recipe.data.name, recipe.data.path)
         from distdl.launch.local import launch as launch_local
 
@@ -97,10 +101,12 @@ def launch(
 def train(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> int:
     """Train as one process: alone, or as one rank under torchrun, srun or mpirun."""
     recipe, topology = load_recipe(config, overrides or []), Topology.from_env(os.environ)
+    if topology.launcher == "torchrun":
+        die_with_parent(init_is_fine=True)  # an agent that is killed leaves its workers behind otherwise
     from distdl.train.process import Options, exit_code_for, train_process
 
     code = train_process(recipe, topology, Options(allow_changed=allow_changed))
-    return exit_code_for(topology)(code)
+    return exit_code_for(topology, code)
 
 
 @app.command("eval")

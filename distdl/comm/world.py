@@ -7,12 +7,16 @@ synchronisation. They are JSON on the wire: nothing received from another proces
 from __future__ import annotations
 
 import json
+import socket
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+if TYPE_CHECKING:
+    from distdl.topology import Topology
 
 Json = Any
 """What `json.dumps` takes: None, bool, int, float, str, and lists and string-keyed dicts of these."""
@@ -77,11 +81,10 @@ class World:
         self.sum_ints([0])
 
 
-def join(rank: int, size: int, device: str, timeout_s: float, store: Store | None = None) -> World:
+def join(rank: int, size: int, device: str, timeout_s: float, store: Store | None) -> World:
     """Form the process group of a run and return its `World`. All ranks call it; blocks until all have.
 
-    Without `store`, the rendezvous is read from MASTER_ADDR and MASTER_PORT, as torchrun and `distdl launch`
-    set them. CPU tensors always go over gloo; CUDA tensors over nccl.
+    CPU tensors always go over gloo; CUDA tensors over nccl.
     """
     if size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -89,6 +92,36 @@ def join(rank: int, size: int, device: str, timeout_s: float, store: Store | Non
             backend, rank=rank, world_size=size, store=store, timeout=timedelta(seconds=timeout_s)
         )
     return World(rank, size)
+
+
+def meet(topology: Topology, device: str, timeout_s: float) -> World:
+    """`join` at the rendezvous that the topology names: the store of the agent that started this process, or
+    one that rank 0 opens (on one machine, on loopback alone).
+    """
+    if topology.world_size == 1 or dist.is_initialized():
+        return World(topology.rank, topology.world_size)
+    host, port = str(topology.master_addr), int(topology.master_port or 0)
+    limit = timedelta(seconds=timeout_s)
+    if topology.agent_store:
+        store = TCPStore(host, port, is_master=False, timeout=limit)
+    else:
+        hosting = topology.rank == 0
+        listener = _listen(host, port) if hosting and topology.nodes == 1 else None
+        store = TCPStore(
+            host, port, is_master=hosting, timeout=limit, wait_for_workers=False, master_listen_fd=listener
+        )
+    # An agent keeps its store over restarts: without a prefix, gloo would dial the workers that died.
+    prefixed = PrefixStore(f"distdl/attempt-{topology.attempt}", store)
+    return join(topology.rank, topology.world_size, device, timeout_s, prefixed)
+
+
+def _listen(host: str, port: int) -> int:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(1024)
+    return listener.detach()
 
 
 def leave() -> None:

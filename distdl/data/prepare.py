@@ -118,6 +118,10 @@ def _convert(files: Sources, built: Path, scratch: Path) -> None:
                 )
                 for split, members in files.items()
             }
+        except ValueError as error:  # a feature type, in the files' own description, that it does not know
+            raise DataError(
+                f"`datasets` {datasets.__version__} cannot read these Parquet files: {error}"
+            ) from error
         except DatasetGenerationError as error:
             cause = error.__cause__
             # Arrow reports corrupt data as an OSError without an errno; with one, it is the disk.

@@ -21,4 +21,4 @@ _ENGINES = {"ddp": DdpEngine}
 
 def build_engine(plan: Plan, recipe: Recipe, world: World, device: torch.device) -> Engine:
     """The engine that the plan names, not yet set up."""
-    return _ENGINES[plan.engine](plan, recipe.optim, world, device, recipe.hardware.channels_last)
+    return _ENGINES[plan.engine](plan, recipe.optim, world, device, recipe.hardware)

@@ -50,5 +50,8 @@ class Engine(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """The state by name: ``model/<name>`` and ``optim/<slot>/<name>``. Views: copy before a step."""
 
+    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the ``model/`` tensors alone, to evaluate with. Raises Incompatible and touches nothing."""
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take a state that any engine's `tensors` returned, or raise Incompatible and touch nothing."""

@@ -39,9 +39,9 @@ class RunningStatistics:
         """Close one microbatch; what it left counts `count`, or nothing where `weight` is 0."""
         self._restore()
         if weight and self._modules:
-            head = torch.tensor([float(count)], dtype=torch.float64)
-            found = [self._current.get(m, _statistics(m)) for m in self._modules]
-            self._captured.append(torch.cat([head, *(t.double().cpu() for t in found)]))
+            found = torch.cat([self._current.get(m, _statistics(m)).double() for m in self._modules])
+            # Stays on the device: a copy to the CPU would make a GPU wait, once a microbatch.
+            self._captured.append(torch.cat([found.new_tensor([count]), found]))
         self._current = {}
 
     def discard(self) -> None:
@@ -53,7 +53,8 @@ class RunningStatistics:
         if not self._modules:
             return
         width = 1 + sum(2 * m.num_features for m in self._modules)
-        mine = torch.stack(self._captured) if self._captured else torch.empty((0, width), dtype=torch.float64)
+        empty = torch.empty((0, width), dtype=torch.float64)
+        mine = torch.stack(self._captured).cpu() if self._captured else empty
         self._captured = []
         rows = world.gather_rows(mine, counts)
         total = tree_sum([row[:1] for row in rows])

@@ -15,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from distdl.comm import World
 from distdl.engines.base import Applied
 from distdl.engines.batchnorm import RunningStatistics
-from distdl.engines.optim import build_optimizer, load_by_name, state_by_name
-from distdl.engines.sum_hook import sum_gradients
+from distdl.engines.buffers import UnkeyedBuffers
+from distdl.engines.optim import build_optimizer, check_model, load_by_name, load_model, state_by_name
+from distdl.engines.sum_hook import Reduction, sum_gradients
+from distdl.errors import EngineError
 
 if TYPE_CHECKING:
     from distdl.plan import Plan
-    from distdl.recipe.schema import AdamW, Sgd
+    from distdl.recipe.schema import AdamW, Hardware, Sgd
 
 
 # RunningStatistics keeps the buffers equal. Newer torch calls the same switch by another name.
@@ -36,13 +38,15 @@ class DdpEngine:
     module: nn.Module
 
     def __init__(
-        self, plan: Plan, optim: Sgd | AdamW, world: World, device: torch.device, channels_last: bool | str
+        self, plan: Plan, optim: Sgd | AdamW, world: World, device: torch.device, hardware: Hardware
     ) -> None:
         self.device = device
         self._world = world
         self._optim = optim
         self._bf16 = plan.precision == "bf16"
-        self._channels_last = channels_last
+        self._channels_last = hardware.channels_last
+        self._unused = hardware.unused_parameters
+        self._reduction = Reduction()
 
     def setup(self, model: nn.Module) -> None:
         model.to(self.device)
@@ -51,6 +55,8 @@ class DdpEngine:
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = model.train()
+        _refuse_sync_batchnorm(model)
+        self._buffers = UnkeyedBuffers(model)
         self._statistics = RunningStatistics(model)
         self._wrapped = self._wrap(model)
         self._optimizer = build_optimizer(model, self._optim)
@@ -66,15 +72,18 @@ class DdpEngine:
     def microstep(
         self, loss_sum: Callable[[nn.Module], Tensor], count: int, total: int, *, weight: int, last: bool
     ) -> Tensor:
+        self._buffers.note()
         reduces = last or self._world.size == 1
         with nullcontext() if reduces else self._wrapped.no_sync():  # type: ignore[operator]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                 value = loss_sum(self._wrapped)
             (value * (weight / total)).backward()
         self._statistics.microbatch_done(count, weight)
+        self._buffers.check(self._world.size)
         return value.detach()
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
+        self._refuse_missing_gradients()
         # After the reduction every rank holds the same gradients, so all of them decide alike. It costs a
         # GPU one synchronisation a step, which reading the norm for the log would cost as well.
         grads = [p.grad for p in self._parameters if p.grad is not None]
@@ -96,8 +105,23 @@ class DdpEngine:
     def tensors(self) -> dict[str, Tensor]:
         return state_by_name(self.module, self._optimizer)
 
+    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
+        check_model(self.module, tensors)
+        load_model(self.module, tensors)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         load_by_name(self.module, self._optimizer, tensors)
+
+    def _refuse_missing_gradients(self) -> None:
+        # DDP waits for the bucket of an unused parameter for ever, silently: this rank's gradients would be
+        # its own alone.
+        if self._world.size > 1 and not self._reduction.complete:
+            unused = [n for n, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+            raise EngineError(
+                f"some parameters got no gradient in this step: {', '.join(unused[:8])}. Freeze them "
+                "(requires_grad=False), use them in the loss, or set hardware.unused_parameters=true"
+            )
+        self._reduction.complete = False
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         if self._world.size == 1:
@@ -106,10 +130,20 @@ class DdpEngine:
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            find_unused_parameters=self._unused,
             **_NO_BUFFER_SYNC,
         )
-        wrapped.register_comm_hook(None, sum_gradients)
+        wrapped.register_comm_hook(self._reduction, sum_gradients)
         return wrapped
+
+
+def _refuse_sync_batchnorm(model: nn.Module) -> None:
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if found:
+        raise EngineError(
+            f"the model has SyncBatchNorm ({', '.join(found[:4])}), which mixes the ranks' microbatches and "
+            "would tie the result to their number: use BatchNorm; distdl combines its statistics itself"
+        )
 
 
 def _has_2d_convolutions(model: nn.Module) -> bool:

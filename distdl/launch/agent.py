@@ -16,9 +16,10 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from distdl.launch.failure import Casualty, write_failure
-from distdl.launch.server import REQUESTS, requests_held
+from distdl.launch.server import requests_held
 from distdl.launch.worker import WorkOrder
 from distdl.record import Heartbeat, RunDirectory
+from distdl.train.stop import REQUESTS
 
 logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
@@ -80,7 +81,10 @@ class RunAgent(LocalElasticAgent):
             os._exit(130)
         if self.stop_signal is None:
             self.stop_signal = signal.Signals(number)
-            os.write(1, _STOPPING.format(self.stop_signal.name).encode())  # print may not run in a handler
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                os.write(
+                    1, _STOPPING.format(self.stop_signal.name).encode()
+                )  # print may not run in a handler
         self._pass_on(signal.Signals(number))
 
     def _pass_on(self, number: signal.Signals) -> None:
@@ -139,7 +143,8 @@ class RunAgent(LocalElasticAgent):
             raise StoppedWhileDown
         assert self.failure is not None
         text = f"[rank {self.failure['rank']}] {self.failure['cause']}; restarting from the last checkpoint"
-        print(text, flush=True)  # noqa: T201
+        with contextlib.suppress(OSError):  # whoever read along may have gone away
+            print(text, flush=True)  # noqa: T201
         self._directory.event("restart", after=self.attempt.name)
         super()._restart_workers(worker_group)
 

@@ -10,6 +10,7 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 from distdl import errors
 from distdl.launch.agent import RunAgent, StoppedWhileDown
 from distdl.launch.rendezvous import LoopbackRendezvous
+from distdl.launch.server import code_of_a_stop
 from distdl.launch.worker import WorkOrder, work
 from distdl.plan import Plan
 from distdl.recipe import Recipe
@@ -47,9 +48,9 @@ def launch(recipe: Recipe, plan: Plan, directory: RunDirectory, *, allow_changed
 
 def _stopped(agent: RunAgent, directory: RunDirectory) -> int:
     """The code of a run that was asked to stop and whose workers went down before they could agree."""
-    saved = any(directory.checkpoints.glob("step-*/manifest.json"))
-    directory.event("stop", signal=agent.stop_signal and agent.stop_signal.name, saved=saved)
-    return errors.STOPPED if saved else errors.STOPPED_BEFORE_START
+    code = code_of_a_stop(directory)
+    directory.event("stop", signal=agent.stop_signal and agent.stop_signal.name, saved=code == errors.STOPPED)
+    return code
 
 
 def _story(agent: RunAgent) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -13,17 +14,19 @@ class Tee(io.TextIOBase):
     """Text written here goes to the log and to the terminal."""
 
     def __init__(self, log: IO[str], terminal: IO[str]) -> None:
-        self._outputs = (log, terminal)
+        self.log = log
+        self._terminal = terminal
 
     def write(self, text: str) -> int:
-        for output in self._outputs:
-            output.write(text)
-            output.flush()
+        self.log.write(text)
+        # Whoever read along may have gone away (`| head`); the run goes on, and the log has it all.
+        with contextlib.suppress(OSError):
+            self._terminal.write(text)
+            self._terminal.flush()
         return len(text)
 
     def flush(self) -> None:
-        for output in self._outputs:
-            output.flush()
+        self.log.flush()
 
 
 def redirect(path: Path, *, to_terminal: bool) -> IO[str] | None:

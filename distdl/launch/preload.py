@@ -7,7 +7,7 @@ import importlib
 
 from distdl.lifeline import die_with_parent
 
-die_with_parent()
+die_with_parent(init_is_fine=True)
 
 for _module in (
     "torch",

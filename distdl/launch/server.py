@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 
+from distdl import errors
+from distdl.checkpoint.manifest import MANIFEST
+from distdl.checkpoint.read import step_directories
 from distdl.plan import Plan
+from distdl.record import RunDirectory
+from distdl.train.stop import REQUESTS
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""The signals that ask a run to stop."""
 
-
-def start_server(plan: Plan) -> None:
+def start_server(plan: Plan, directory: RunDirectory) -> None:
     """Set what workers inherit and start the fork server; returns at once, while it imports.
 
     The environment is set first, since libraries read it when they are loaded.
@@ -31,8 +33,18 @@ def start_server(plan: Plan) -> None:
     # The elastic agent would install handlers that raise, between ours and the first worker.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
     multiprocessing.set_forkserver_preload(["distdl.launch.preload"])
+    # Until the agent's handlers stand: a run that has something saved is to be started again.
+    code = code_of_a_stop(directory)
+    for number in REQUESTS:
+        signal.signal(number, lambda *_: os._exit(code))
     with requests_held():
         forkserver.ensure_running()
+
+
+def code_of_a_stop(directory: RunDirectory) -> int:
+    """The exit code of a run that is stopped while no worker trains: whether anything is saved decides."""
+    saved = any((p / MANIFEST).exists() for p in step_directories(directory.checkpoints))
+    return errors.STOPPED if saved else errors.STOPPED_BEFORE_START
 
 
 @contextmanager

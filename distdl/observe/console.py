@@ -28,14 +28,23 @@ class RunConsole:
                 TimeRemainingColumn(),
                 console=Console(file=screen),
                 transient=True,
+                redirect_stdout=False,  # standard output also goes to the rank's log
+                redirect_stderr=False,
             )
             self._bar = self._progress.add_task("", total=total_steps)
             self._progress.start()
 
     def say(self, text: str) -> None:
         """One line for the person at the keyboard."""
-        if not self._quiet:
+        if self._quiet:
+            return
+        if self._progress is None:
             print(text, flush=True)  # noqa: T201
+            return
+        self._progress.console.print(text, markup=False, highlight=False)  # above the bar
+        log = getattr(sys.stdout, "log", None)
+        if log is not None:
+            log.write(text + "\n")
 
     def step(self, step: int, row: Mapping[str, Any] | None) -> None:
         """Called after every step; `row` on logging steps only."""

@@ -14,8 +14,9 @@ def summary(directory: RunDirectory) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     if done:
         last = done[-1]
-        rows = {f"test {k}": f"{v:.4f}" for k, v in last["metrics"].items()}
-        rows[f"best {last['metric']}"] = f"{last['best']:.4f} at step {last['best_step']}"
+        rows = {f"test {k}": f"{float(v):.4f}" for k, v in last["metrics"].items()}
+        if last["best"] is not None:
+            rows[f"best {last['metric']}"] = f"{float(last['best']):.4f} at step {last['best_step']}"
         rows["steps"] = last["step"]
         rows["throughput"] = f"{last['samples_per_s']:,.0f} samples/s with {last['world_size']} processes"
         rows["training time"] = f"{last['seconds']:.1f} s in the last attempt"

@@ -232,6 +232,7 @@ class Hardware(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one process.")
     channels_last: Literal["auto"] | bool = Field("auto", description="Memory layout of images.")
+    unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps (DDP).")
     prefetch_steps: Natural = Field(2, description="Steps of data prepared ahead.")
 
 

@@ -13,7 +13,6 @@ from distdl.comm import World, together
 from distdl.comm.world import leave
 from distdl.data import Rows, open_split
 from distdl.engines import Engine
-from distdl.engines.optim import check_model, load_model
 from distdl.errors import CheckpointError, DistdlError
 from distdl.observe.console import show
 from distdl.plan import Plan
@@ -39,13 +38,7 @@ class Evaluation:
 def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: Path | None, *, as_json: bool) -> int:
     """Evaluate as one rank; all ranks call it. Rank 0 prints the metrics. Returns the exit code."""
     try:
-        world, plan, _ = enter_world(recipe, topology)
-        path = Path(together(world, lambda: str(checkpoint or _newest(recipe))))
-        prepared = prepare_data(recipe, world, topology)
-        task, engine = together(world, lambda: build(recipe, plan, world, topology, prepared.info))
-        together(world, lambda: _load(engine, path))
-        rows = open_split(prepared, recipe.data.eval_split)
-        metrics = evaluate(Evaluation(plan, world, task, engine, rows)) or {}
+        path, plan, metrics = _evaluate(recipe, topology, checkpoint)
     except DistdlError as error:
         if topology.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -60,8 +53,23 @@ def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: Path | None
     return errors.DONE
 
 
+def _evaluate(
+    recipe: Recipe, topology: Topology, checkpoint: Path | None
+) -> tuple[Path, Plan, dict[str, float]]:
+    # A function of its own, so that the engine is gone before the process group is left: its last reference
+    # to the group must not be dropped while the group's thread still waits for the interpreter's lock.
+    world, plan, _ = enter_world(recipe, topology)
+    chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
+    path = Path(world.from_main(chosen))
+    prepared = prepare_data(recipe, world, topology)
+    task, engine = together(world, lambda: build(recipe, plan, world, topology, prepared.info))
+    together(world, lambda: _load(engine, path))
+    rows = together(world, lambda: open_split(prepared, recipe.data.eval_split))
+    return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
+
+
 def _newest(recipe: Recipe) -> Path:
-    checkpoints = RunDirectory(recipe.run.dir or "runs/unnamed").checkpoints
+    checkpoints = RunDirectory.of(recipe).checkpoints
     found = find_latest(checkpoints)
     if found.path is None:
         raise CheckpointError(
@@ -71,6 +79,4 @@ def _newest(recipe: Recipe) -> Path:
 
 
 def _load(engine: Engine, path: Path) -> None:
-    tensors = load_tensors(path, verify(path), lambda name: name.startswith("model/"))
-    check_model(engine.module, tensors)
-    load_model(engine.module, tensors)
+    engine.load_model(load_tensors(path, verify(path), lambda name: name.startswith("model/")))

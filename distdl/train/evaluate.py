@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -57,7 +57,8 @@ def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dic
             if lo + i < hi and problem is None:
                 try:
                     point("eval.batch", i)
-                    found.append(_measure(s, lo + i))
+                    start = (lo + i) * s.plan.micro_batch
+                    found.append(measure(s, start, min(start + s.plan.micro_batch, s.plan.eval_rows)))
                 except Exception as error:
                     problem = error
         _agree_on_errors(s.world, problem)
@@ -71,17 +72,26 @@ def _agree_on_errors(world: World, problem: Exception | None) -> None:
         share_problem(world, problem)
 
 
-def _measure(s: Evaluated, number: int) -> dict[str, tuple[float, int]]:
-    start = number * s.plan.micro_batch
-    ids = np.arange(start, min(start + s.plan.micro_batch, s.plan.eval_rows))
+def measure(s: Evaluated, start: int, stop: int) -> dict[str, tuple[float, int]]:
+    """Sum and count of every metric over evaluation rows [start, stop). The module is in evaluation mode."""
+    ids = np.arange(start, stop)
     batch = s.engine.place(s.task.collate(s.eval_rows.gather(ids)))
     bf16 = s.plan.precision == "bf16"
     with torch.no_grad(), torch.autocast(s.engine.device.type, torch.bfloat16, enabled=bf16):
-        return s.task.metric_sums(s.engine.module, batch)
+        sums = s.task.metric_sums(s.engine.module, batch)
+    return {name: (float(total), int(count)) for name, (total, count) in sums.items()}
 
 
 def _combine(parts: list[dict[str, Any]]) -> dict[str, float]:
     names = parts[0].keys() if parts else ()
     return {
-        name: math.fsum(p[name][0] for p in parts) / max(sum(p[name][1] for p in parts), 1) for name in names
+        name: exact_sum(p[name][0] for p in parts) / max(sum(p[name][1] for p in parts), 1) for name in names
     }
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """The exactly rounded sum, whatever the order (math.fsum); NaN where infinities meet or it overflows."""
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from distdl import errors
 from distdl.checkpoint.write import save
-from distdl.keys import key
-from distdl.record import append_line
+from distdl.keys import key, seed_everything
+from distdl.record import append_line, put_row
+from distdl.tasks import Batch, Task
 from distdl.testing.faults import point
-from distdl.train.evaluate import evaluate
+from distdl.train.evaluate import evaluate, exact_sum
 from distdl.train.schedule import learning_rate
 from distdl.train.session import Session, StepBatch
 
@@ -26,14 +28,14 @@ def fit(s: Session) -> int:
     """
     while True:
         if s.evaluation_due and not evaluate_and_note(s):
-            return leave(s)
+            return stop_here(s)
         if s.save_due:
             write_checkpoint(s)
         if s.finished:
             return finish(s)
         batch = s.next_batch()
         if batch is None:
-            return leave(s)
+            return stop_here(s)
         train_step(s, batch)
 
 
@@ -58,10 +60,10 @@ def train_step(s: Session, batch: StepBatch) -> None:
     losses = []
     if batch.total:
         for i, micro in enumerate(batch.micros):
-            seed_microbatch(s, step, micro.number)
+            seed_everything(key(s.recipe.train.seed, "model", step, micro.number))
             losses.append(
                 s.engine.microstep(
-                    partial(s.task.loss_sum, batch=s.engine.place(micro.batch)),
+                    loss_of(s.task, s.engine.place(micro.batch)),
                     micro.count,
                     batch.total,
                     weight=micro.weight,
@@ -85,12 +87,18 @@ def train_step(s: Session, batch: StepBatch) -> None:
         note_nonfinite(s, norm)
 
 
-def seed_microbatch(s: Session, step: int, number: int) -> None:
-    """Key dropout and whatever else the model draws by (seed, step, microbatch)."""
-    value = key(s.recipe.train.seed, "model", step, number)
-    torch.default_generator.manual_seed(value)
-    if s.engine.device.type == "cuda":
-        torch.cuda.manual_seed(value)
+def loss_of(task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
+    """The loss of one microbatch as a function of the model. An error in it is this rank's alone, so it must
+    not look like one that all ranks raised together.
+    """
+
+    def loss_sum(model: nn.Module) -> Tensor:
+        try:
+            return task.loss_sum(model, batch)
+        except errors.DistdlError as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return loss_sum
 
 
 def log(s: Session, batch: StepBatch, losses: list[torch.Tensor], lr: float, norm: float) -> None:
@@ -102,7 +110,7 @@ def log(s: Session, batch: StepBatch, losses: list[torch.Tensor], lr: float, nor
     mine = [float(x) for x, m in zip(losses, batch.micros, strict=False) if m.weight]
     parts = [x for part in s.world.gather(mine) for x in part]
     # fsum is exact, so the logged loss does not depend on how the microbatches were shared out.
-    loss = math.fsum(parts) / batch.total if batch.total else 0.0
+    loss = exact_sum(parts) / batch.total if batch.total else 0.0
     now = time.perf_counter()
     rate = (s.state.samples - s.clock_samples) / max(now - s.clock, 1e-9)
     left = (s.plan.total_steps - step) * s.plan.global_batch
@@ -123,7 +131,8 @@ def log(s: Session, batch: StepBatch, losses: list[torch.Tensor], lr: float, nor
 def flush_row(s: Session) -> None:
     """Rank 0 appends the waiting row of metrics; it waits so that an evaluation can add to it."""
     if s.row and s.world.is_main:
-        append_line(s.directory.metrics, s.row)
+        resumed = s.row["step"] == s.resumed_step
+        (put_row if resumed else append_line)(s.directory.metrics, s.row)
     s.row = {}
 
 
@@ -151,10 +160,7 @@ def evaluate_and_note(s: Session) -> bool:
     metrics = evaluate(s, s.stop_agreed)
     if metrics is None:
         return False
-    name = s.recipe.eval.metric
-    if name not in metrics:
-        raise errors.RecipeError(f"eval.metric = {name!r}: this task measures {', '.join(metrics)}")
-    best = s.state.note_metric(metrics[name], s.recipe.eval.mode, s.recipe.eval.min_delta)
+    best = s.state.note_metric(metrics[s.recipe.eval.metric], s.recipe.eval.mode, s.recipe.eval.min_delta)
     s.state.evaluated_step = s.state.step
     s.row = {"step": s.state.step} | s.row | {f"eval_{k}": v for k, v in metrics.items()}
     text = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
@@ -178,8 +184,9 @@ def write_checkpoint(s: Session) -> None:
     s.not_training(took)
 
 
-def leave(s: Session) -> int:
+def stop_here(s: Session) -> int:
     """Collective. Leave together on request: save what is not saved yet, and say how it stands."""
+    flush_row(s)
     asked = {rank: name for rank, name in enumerate(s.world.gather(s.stop.signal)) if name}
     rank, name = next(iter(asked.items()), (None, None))
     if s.state.step == 0:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -48,7 +48,7 @@ def train_process(recipe: Recipe, topology: Topology, options: Options) -> int:
     stop = StopFlag()
     stop.install(alone=topology.launcher == "none")
     faults.arm_from_environment(topology.rank)
-    directory = RunDirectory(recipe.run.dir or "runs/unnamed")
+    directory = RunDirectory.of(recipe)
     where = f"[rank {topology.rank}/{topology.world_size} on {socket.gethostname()}] "
     try:
         code = _train(recipe, topology, options, directory, stop)
@@ -57,8 +57,9 @@ def train_process(recipe: Recipe, topology: Topology, options: Options) -> int:
     except DistdlError as error:
         if topology.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-            if directory.path.is_dir() and error.exit_code != errors.ENVIRONMENT:
-                directory.event("error", rank=0, exit_code=error.exit_code, message=str(error))
+            with contextlib.suppress(OSError):
+                if directory.path.is_dir() and error.exit_code != errors.ENVIRONMENT:
+                    directory.event("error", rank=0, exit_code=error.exit_code, message=str(error))
         code = error.exit_code
     except Exception as error:
         _crash(error, directory, topology, where)
@@ -73,10 +74,11 @@ def _crash(error: Exception, directory: RunDirectory, topology: Topology, where:
         story = f"{type(error).__name__}: another rank is gone\n"
     else:
         story = "".join(traceback.format_exception(error))
-    print(f"{where}{story}", file=sys.stderr, flush=True)  # noqa: T201
-    if directory.attempts.is_dir():
-        report_failure(directory, topology.rank, error)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a full disk, a terminal that is gone
+        if directory.attempts.is_dir():
+            report_failure(directory, topology.rank, error)
+    with contextlib.suppress(OSError):
+        print(f"{where}{story}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(errors.RANK_FAILED)
 
 
@@ -103,6 +105,13 @@ def _run(s: Session, resumed: Resumed) -> int:
     s.event("start", world_size=s.world.size, resumed_from=resumed.path and resumed.path.name)
     if resumed.path:
         s.console.say(f"{'finished already' if already else 'resuming'}: {resumed.path}")
+    if resumed.changed:
+        s.console.say(
+            f"the recipe changed; going on at step {s.state.step}, which is sample "
+            f"{s.state.step % s.plan.steps_per_epoch * s.plan.global_batch} of epoch "
+            f"{s.plan.epoch_of(s.state.step)} now: {'; '.join(resumed.changed)}"
+        )
+        s.event("recipe_changed", changes=list(resumed.changed))
     try:
         code = fit(s)
         if code == errors.DONE and not already:
@@ -123,9 +132,9 @@ def _open_directory(directory: RunDirectory, options: Options) -> tuple[Path, IO
     return options.attempt or directory.new_attempt(), lock
 
 
-def exit_code_for(topology: Topology) -> Callable[[int], int]:
-    """How a code leaves the process. torchrun restarts on any non-zero exit, so a stop it did not cause a
-    crash by leaves as 0; events.jsonl says why.
+def exit_code_for(topology: Topology, code: int) -> int:
+    """The code that `distdl train` ends with. torchrun restarts its workers on any code but 0, so a stop on
+    request leaves as 0 there; events.jsonl says why. Errors keep their codes everywhere.
     """
-    stops = (errors.STOPPED, errors.STOPPED_BEFORE_START)
-    return lambda code: 0 if topology.launcher == "torchrun" and code in stops else code
+    stopped = code in (errors.STOPPED, errors.STOPPED_BEFORE_START)
+    return errors.DONE if stopped and topology.launcher == "torchrun" else code

@@ -31,6 +31,7 @@ class Resumed:
     state: TrainState
     path: Path | None
     damaged: list[tuple[str, str]]
+    changed: tuple[str, ...] = ()
 
 
 def resume(
@@ -49,28 +50,28 @@ def resume(
         return Resumed(TrainState(), None, damaged)
     path = checkpoints / told["name"]
 
-    def load() -> TrainState:
+    def load() -> tuple[TrainState, list[str]]:
         manifest = read_manifest(path)
-        check_same(manifest, identity, path, allow_changed=allow_changed)
+        changed = what_changed(manifest, identity)
+        if changed and not allow_changed:
+            listed = "\n  ".join(changed)
+            raise Incompatible(
+                f"{path} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
+                "Choose another run.dir, undo the change, or continue with --allow-changed"
+            )
         engine.load(load_tensors(path, manifest))
-        return TrainState(**manifest.train_state)
+        return TrainState(**manifest.train_state), changed
 
-    return Resumed(together(world, load), path, damaged)
+    state, changed = together(world, load)
+    return Resumed(state, path, damaged, tuple(changed))
 
 
-def check_same(manifest: Manifest, identity: Identity, path: Path, *, allow_changed: bool) -> None:
-    """Raise Incompatible, naming every key that differs, unless `allow_changed`."""
-    if allow_changed:
-        return
+def what_changed(manifest: Manifest, identity: Identity) -> list[str]:
+    """Every key of the mathematics, and the data, in which the checkpoint differs from the run."""
     changed = differences(manifest.mathematics, identity.mathematics)
     if manifest.data_fingerprint != identity.data_fingerprint:
         changed.append(f"the data themselves: {manifest.data_fingerprint} -> {identity.data_fingerprint}")
-    if changed:
-        listed = "\n  ".join(changed)
-        raise Incompatible(
-            f"{path} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
-            "Choose another run.dir, undo the change, or continue with --allow-changed"
-        )
+    return changed
 
 
 def _find(checkpoints: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Session:
     eval_rows: Rows
     identity: Identity
     saved_step: int | None = None
+    resumed_step: int | None = None
     row: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     stepped: bool = False
@@ -138,9 +140,7 @@ class Session:
     @property
     def evaluation_due(self) -> bool:
         """True at a boundary whose evaluation has not been finished yet."""
-        step, every = self.state.step, self.plan.eval_every
-        due = step > 0 and (step >= self.plan.total_steps or (every is not None and step % every == 0))
-        return due and self.state.evaluated_step < step
+        return evaluation_due(self.plan, self.state)
 
     @property
     def save_due(self) -> bool:
@@ -148,6 +148,13 @@ class Session:
         step, every = self.state.step, self.plan.save_every
         due = step > 0 and (self.finished or (every is not None and step % every == 0))
         return due and self.saved_step != step
+
+
+def evaluation_due(plan: Plan, state: TrainState) -> bool:
+    """True where an evaluation belongs to this boundary and has not been finished yet."""
+    step, every = state.step, plan.eval_every
+    due = step > 0 and (step >= plan.total_steps or (every is not None and step % every == 0))
+    return due and state.evaluated_step < step
 
 
 def microbatch_maker(
@@ -177,4 +184,14 @@ def microbatch_maker(
 
 def _micro(task: Task, number: int, weight: int, rows: dict[str, np.ndarray[Any, Any]]) -> Micro:
     batch = task.collate(rows)
-    return Micro(number, batch, task.count(batch), weight)
+    return Micro(number, batch, _whole(task.count(batch)), weight)
+
+
+def _whole(count: Any) -> int:
+    try:
+        whole = operator.index(count)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise TypeError(f"task.count(batch) returned {count!r}: expected a whole number, 0 or more")
+    return whole

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from distdl import __version__
 from distdl.comm import World, share_problem, together
-from distdl.comm.world import join
+from distdl.comm.world import meet
 from distdl.data import Prefetcher, Prepared, describe, open_split
 from distdl.data.prepare import prepare
 from distdl.engines import Engine, build_engine
-from distdl.keys import key
+from distdl.errors import EnvironmentProblem, RecipeError, nearest
+from distdl.keys import key, seed_everything
 from distdl.models import model_factory
 from distdl.observe.console import RunConsole
 from distdl.plan import DataInfo, Plan, make_plan
@@ -27,8 +29,10 @@ from distdl.recipe import Recipe, mathematics, recipe_hash, to_yaml
 from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
+from distdl.train.evaluate import measure
 from distdl.train.resume import Identity, Resumed, resume
-from distdl.train.session import Session, microbatch_maker
+from distdl.train.session import Session, evaluation_due, microbatch_maker
+from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
 
 
@@ -57,8 +61,12 @@ def open_session(
     task, engine = together(world, lambda: build(recipe, plan, world, o.topology, prepared.info))
     identity = Identity(recipe_hash(recipe), mathematics(recipe), prepared.info.fingerprint)
     resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
-    row = together(world, lambda: _begin(o, resumed) if world.is_main else None)
-    rows = open_split(prepared, recipe.data.train_split)
+    begun = together(world, lambda: _begin(o, resumed) if world.is_main else None)
+    row, heartbeat = begun if begun else ({}, None)
+    take_evaluation(o, resumed.state, world.from_main(row))
+    rows, eval_rows = together(
+        world, lambda: [open_split(prepared, s) for s in (recipe.data.train_split, recipe.data.eval_split)]
+    )
     session = Session(
         recipe=recipe,
         plan=plan,
@@ -69,15 +77,18 @@ def open_session(
         directory=o.directory,
         console=RunConsole(plan.total_steps, quiet=quiet, terminal=terminal),
         stop=o.stop,
-        heartbeat=Heartbeat(o.attempt / "heartbeat") if world.is_main else None,
+        heartbeat=heartbeat,
         batches=Prefetcher(
             microbatch_maker(recipe, plan, task, rows, world.rank), recipe.hardware.prefetch_steps
         ),
-        eval_rows=open_split(prepared, recipe.data.eval_split),
+        eval_rows=eval_rows,
         identity=identity,
         saved_step=resumed.state.step if resumed.path else None,
-        row=row or {},
+        resumed_step=resumed.state.step if resumed.path else None,
+        row=row,
     )
+    if resumed.path is None:
+        together(world, lambda: check_metric(session))
     session.started_samples = session.clock_samples = resumed.state.samples
     return session, resumed
 
@@ -90,14 +101,18 @@ def enter_world(recipe: Recipe, topology: Topology) -> tuple[World, Plan, DataIn
         plan = make_plan(recipe, topology, info)
         torch.set_num_threads(plan.threads)
         if plan.device == "cuda":
+            if not torch.cuda.is_available():
+                raise EnvironmentProblem(
+                    "a GPU is named in the environment but torch cannot use one (a build for CPU, or no "
+                    "driver): see torch.cuda.is_available(), or set hardware.device=cpu"
+                )
             torch.cuda.set_device(topology.local_rank)
     except Exception as error:
         problem = error
     device = "cpu" if problem else plan.device
-    if topology.launcher in ("srun", "mpirun") and topology.world_size > 1:
-        os.environ["MASTER_ADDR"] = str(topology.master_addr)
-        os.environ["MASTER_PORT"] = str(topology.master_port)
-    world = join(topology.rank, topology.world_size, device, recipe.launch.timeout_s)
+    if topology.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
+    world = meet(topology, device, recipe.launch.timeout_s)
     share_problem(world, problem)
     return world, plan, info
 
@@ -117,17 +132,52 @@ def build(
     task = build_task(recipe.task.name, recipe.task.options(), make_model, info)
     device = torch.device("cuda", topology.local_rank) if plan.device == "cuda" else torch.device("cpu")
     engine = build_engine(plan, recipe, world, device)
-    torch.manual_seed(key(recipe.train.seed, "init"))
-    engine.setup(task.build_model())
+    seed_everything(key(recipe.train.seed, "init"))
+    model = task.build_model()
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise RecipeError(f"the model's parameters {', '.join(lazy[:8])} have no shape yet: give the sizes")
+    engine.setup(model)
     return task, engine
 
 
-def _begin(o: Opening, resumed: Resumed) -> dict[str, Any]:
-    """Rank 0: write down what runs here; returns the row of metrics that the resumed step had."""
-    write_atomic(o.directory.recipe, to_yaml(o.recipe))
+def take_evaluation(o: Opening, state: TrainState, row: dict[str, Any]) -> None:
+    """Take in an evaluation that was finished after its step had been saved: it stands in the metrics."""
+    name = f"eval_{o.recipe.eval.metric}"
+    if evaluation_due(o.plan, state) and name in row:
+        state.note_metric(float(row[name]), o.recipe.eval.mode, o.recipe.eval.min_delta)
+        state.evaluated_step = state.step
+
+
+def check_metric(s: Session) -> None:
+    """Measure one row, so that a mistyped `eval.metric` or a broken task is found before the first step."""
+    s.engine.module.eval()
+    try:
+        found = measure(s, 0, 1)
+    finally:
+        s.engine.module.train()
+    if s.recipe.eval.metric not in found:
+        raise RecipeError(
+            f"eval.metric = {s.recipe.eval.metric!r}: this task measures {', '.join(found)}"
+            f"{nearest(s.recipe.eval.metric, found)}"
+        )
+
+
+def _begin(o: Opening, resumed: Resumed) -> tuple[dict[str, Any], Heartbeat]:
+    """Rank 0: write down what runs here; returns the row of metrics that the resumed step still adds to."""
+    write_atomic(o.directory.recipe, to_yaml(_from_anywhere(o.recipe)))
     write_atomic(o.attempt / "plan.json", json.dumps(o.plan.as_dict(), indent=2) + "\n")
     write_atomic(o.attempt / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    return rewind_metrics(o.directory.metrics, resumed.state.step)
+    row = rewind_metrics(o.directory.metrics, resumed.state.step)
+    return row, Heartbeat(o.attempt / "heartbeat")
+
+
+def _from_anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: the copy in the run directory means the same from any folder."""
+    run = recipe.run.model_copy(update={"dir": str(RunDirectory.of(recipe).path.absolute())})
+    path = recipe.data.path
+    data = recipe.data.model_copy(update={"path": path and str(Path(path).absolute())})
+    return recipe.model_copy(update={"run": run, "data": data})
 
 
 def environment() -> dict[str, Any]:

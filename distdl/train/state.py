@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class TrainState:
     def note_metric(self, value: float, mode: str, min_delta: float) -> bool:
         """Take in an evaluation's metric; True where it is a new best by more than `min_delta`."""
         sign = 1.0 if mode == "max" else -1.0
-        better = self.best is None or sign * (value - self.best) > min_delta
+        better = not math.isnan(value) and (self.best is None or sign * (value - self.best) > min_delta)
         if better:
             self.best, self.best_step, self.evals_without_gain = value, self.step, 0
         else:

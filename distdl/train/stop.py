@@ -6,12 +6,15 @@ import os
 import signal
 from types import FrameType
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Under nohup a hang-up is ignored, and stays so.
+_HANG_UP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *_HANG_UP)
+"""The signals that ask a run to stop: a scheduler's, a person's, and a terminal that is closed."""
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGINT. Bare runs end at once on a second SIGINT; launched ones leave
-    that to the launcher, since a terminal sends its Ctrl-C to them as well.
+    """Set by SIGTERM, SIGUSR1, SIGHUP or SIGINT. Bare runs end at once on a second SIGINT; launched
+    ones leave that to the launcher, since a terminal sends its Ctrl-C to them as well.
     """
 
     def __init__(self) -> None:

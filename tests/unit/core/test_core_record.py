@@ -88,11 +88,11 @@ def rows(*steps: int) -> str:
 @pytest.mark.parametrize(
     ("before", "step", "after", "row"),
     [
-        (rows(1, 10, 20, 30), 20, rows(1, 10), 20),
+        (rows(1, 10, 20, 30), 20, rows(1, 10, 20), 20),
         (rows(1, 10, 20, 30), 25, rows(1, 10, 20), None),
         (rows(1, 10, 20), 99, rows(1, 10, 20), None),
         (rows(1, 10, 20), 0, "", None),
-        (rows(1, 10, 20) + '{"step": 30, "lo', 20, rows(1, 10), 20),
+        (rows(1, 10, 20) + '{"step": 30, "lo', 20, rows(1, 10, 20), 20),
         # The cut line lies before the step, too: what is appended next must begin a line of its own.
         (rows(1, 10) + '{"step": 20, "lo', 30, rows(1, 10), None),
         ('{"st', 0, "", None),
