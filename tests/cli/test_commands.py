@@ -57,7 +57,8 @@ def test_launch_leaves_the_documented_run_directory(launched_run: tuple[Path, Pa
 
 
 def torchrun(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distdl"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    start += ["-m", "distdl"]
     return subprocess.run(
         [sys.executable, *start, *arguments],
         capture_output=True,
@@ -81,6 +82,16 @@ def test_torchrun_sees_no_crash_in_a_stop(tmp_path: Path) -> None:
     done = torchrun("train", str(recipe), DISTDL_FAIL_AT="1:train.step@14:USR1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert events(tmp_path / "run", "stop")[0]["saved"] == 15
+
+
+def test_torchrun_restarts_a_killed_rank(launched_run: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """Killed just after the checkpoint at 20 was there, so that the next attempt starts behind the fault."""
+    recipe, run, _ = launched_run
+    where = f"run.dir={tmp_path / 'run'}"
+    done = torchrun("train", str(recipe), where, DISTDL_FAIL_AT="0:save.renamed@20:kill")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [e["resumed_from"] for e in events(tmp_path / "run", "start")] == [None, "step-00000020"]
+    assert_same_bits(tensors_of(tmp_path / "run"), tensors_of(run))
 
 
 def test_a_finished_run_says_so(launched_run: tuple[Path, Path, str]) -> None:

@@ -1,0 +1,88 @@
+"""Models and tasks that a user might bring, each awkward in one way."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distdl.errors import DataError
+from distdl.tasks import Batch
+from distdl.tasks.image_classification import ImageClassification
+
+
+class Linear(nn.Module):
+    """Pixels to logits."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(784, num_outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
+class Unused(Linear):
+    """Has a layer that no gradient reaches."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs)
+        self.spare = nn.Linear(4, 4)
+
+
+class MovingAverage(Linear):
+    """Changes a buffer in its forward."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs)
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.average.mul_(0.9).add_(images.mean() * 0.1)
+        return super().forward(images) + self.average
+
+
+class Drops(Linear):
+    """Draws from Python's and numpy's streams."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if self.training:
+            logits = logits * (1.0 if random.random() < 0.5 else 0.5) * float(np.random.rand())
+        return logits
+
+
+class Lazy(nn.Module):
+    """Has no shape yet."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(num_outputs)
+
+
+class Raising(ImageClassification):
+    """Raises a distdl error on one rank alone, in the loss."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            raise DataError("a label that cannot be")
+        return super().loss_sum(model, batch)
+
+
+class Fractional(ImageClassification):
+    """Counts in fractions."""
+
+    def count(self, batch: Batch) -> Any:
+        return 0.9 * super().count(batch)
+
+
+class NanMetric(ImageClassification):
+    """Its metric is not a number at first."""
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
+        return super().metric_sums(model, batch) | {"odd": (float("nan"), 1)}

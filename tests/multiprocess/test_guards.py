@@ -1,0 +1,129 @@
+"""What would tie a run to its number of ranks, or lose a part of it, is refused or handled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distdl.comm import World
+from distdl.recipe import Recipe, parse_recipe
+from distdl.record import read_lines
+from distdl.testing import WorldFailed, run_world, worst
+from tests.multiprocess.test_parity import recipe_for, results, train_rank
+
+HERE = "tests.multiprocess.own_models"
+
+
+def with_model(folder: Path, name: str, task: str | None = None, **changes: dict[str, Any]) -> Recipe:
+    sections = recipe_for(folder, **changes).model_dump(mode="json", by_alias=True)
+    sections["model"] = {"name": f"{HERE}:{name}"}
+    if task:
+        sections["task"] = {"name": f"{HERE}:{task}"}
+    return parse_recipe(sections)
+
+
+def refusal(world: World, recipe: Recipe) -> str:
+    """The error that building and training two steps ends with, on this rank."""
+    from distdl.errors import DistdlError
+    from distdl.topology import Topology
+    from distdl.train import process
+    from distdl.train.stop import StopFlag
+
+    topology = Topology(
+        rank=world.rank, world_size=world.size, local_rank=world.rank, local_world_size=world.size
+    )
+    directory = process.RunDirectory.of(recipe)
+    try:
+        process._train(recipe, topology, process.Options(), directory, StopFlag())
+    except (DistdlError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_parameter_without_gradient_is_refused_by_name(tmp_path: Path) -> None:
+    errors = run_world(refusal, 2, with_model(tmp_path, "Unused"))
+    assert all("got no gradient in this step: spare.weight, spare.bias" in e for e in errors)
+    assert all("hardware.unused_parameters=true" in e for e in errors)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_unused_parameters_can_be_allowed(tmp_path: Path) -> None:
+    allowed = {"unused_parameters": True}
+    for size in (1, 2):
+        recipe = with_model(tmp_path / str(size), "Unused", hardware=allowed)
+        assert run_world(train_rank, size, recipe) == [0] * size
+    assert worst(results(tmp_path / "2")[1], results(tmp_path / "1")[1])[1] < 1e-5
+
+
+def test_a_buffer_that_would_drift_is_refused_by_name(tmp_path: Path) -> None:
+    errors = run_world(refusal, 2, with_model(tmp_path, "MovingAverage"))
+    assert all("changes buffers in its forward: average" in e for e in errors)
+    assert run_world(train_rank, 1, with_model(tmp_path / "one", "MovingAverage")) == [0]
+
+
+def test_python_and_numpy_streams_are_keyed_too(tmp_path: Path) -> None:
+    for size in (1, 3):
+        assert run_world(train_rank, size, with_model(tmp_path / str(size), "Drops")) == [0] * size
+    assert worst(results(tmp_path / "3")[1], results(tmp_path / "1")[1])[1] < 1e-5
+
+
+def test_a_model_without_shapes_is_refused(tmp_path: Path) -> None:
+    errors = run_world(refusal, 2, with_model(tmp_path, "Lazy"))
+    assert all("have no shape yet" in e for e in errors)
+
+
+def test_a_count_is_whole(tmp_path: Path) -> None:
+    (error,) = run_world(refusal, 1, with_model(tmp_path, "Linear", task="Fractional"))
+    assert "expected a whole number" in error
+
+
+def test_an_error_of_one_rank_inside_a_step_is_not_taken_for_everybodys(tmp_path: Path) -> None:
+    recipe = with_model(tmp_path, "Linear", task="Raising")
+    with pytest.raises(WorldFailed):
+        run_world(train_rank, 2, recipe, deadline_s=30)
+    report = (tmp_path / "attempts" / "0001" / "failures" / "rank-00001.json").read_text()
+    assert "DataError: a label that cannot be" in report
+
+
+def test_a_mistyped_metric_is_found_before_the_first_step(tmp_path: Path) -> None:
+    recipe = with_model(tmp_path, "Linear", eval={"metric": "acuracy", "every_epochs": None})
+    errors = run_world(refusal, 2, recipe)
+    assert all("did you mean 'accuracy'" in e for e in errors)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_metric_that_is_not_a_number(tmp_path: Path) -> None:
+    recipe = with_model(tmp_path, "Linear", task="NanMetric", eval={"metric": "odd", "every_epochs": None})
+    assert run_world(train_rank, 2, recipe) == [0, 0]
+    assert run_world(train_rank, 2, recipe) == [0, 0]
+    assert len([e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "done"]) == 1
+
+
+def test_no_row_of_metrics_is_lost_by_a_stop_right_after_a_resume(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, eval={"every_steps": 4, "every_epochs": None})
+    assert run_world(train_rank, 2, recipe, env={"DISTDL_FAIL_AT": "1:train.step@5:TERM"}) == [75, 75]
+    for point in ("start.loaded:TERM", "start.loaded:raise"):
+        env = {"DISTDL_FAIL_AT": f"0:{point}"}
+        if point.endswith("raise"):
+            with pytest.raises(WorldFailed):
+                run_world(train_rank, 2, recipe, env=env, deadline_s=30)
+        else:
+            assert run_world(train_rank, 2, recipe, env=env) == [75, 75]
+    assert run_world(train_rank, 2, recipe) == [0, 0]
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [r["step"] for r in rows if "eval_accuracy" in r] == [4, 8, 12]
+
+
+def test_a_stop_during_an_evaluation_repeats_it_once(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, eval={"every_steps": 6, "every_epochs": None})
+    assert run_world(train_rank, 2, recipe, env={"DISTDL_FAIL_AT": "1:eval.batch@16:USR1"}) == [75, 75]
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert rows[-1]["step"] == 6
+    assert "eval_accuracy" not in rows[-1]
+    assert run_world(train_rank, 2, recipe) == [0, 0]
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [r["step"] for r in rows if "eval_accuracy" in r] == [6, 12]
