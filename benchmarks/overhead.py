@@ -3,10 +3,11 @@
 Two processes, one microbatch each. The hand-written loop has its data in memory as one tensor and does
 nothing but index, normalise, forward, backward, step. distdl's does all it always does: keyed order, gather
 from the memory map, agreement at each boundary, finite check, running statistics, metrics. Both run in the
-same processes, in turn, a few steps each; what is printed is the median over the turns of the ratio of their
+same processes, in turn, ten steps each (in shorter turns, the first step after a change, with cold caches
+and a heap that was given back, decides the figure); what is printed is the median over the turns of the ratio of their
 throughputs (above 1: distdl is faster).
 
-    python benchmarks/overhead.py [--rounds 30] [--steps 4]
+    python benchmarks/overhead.py [--rounds 20] [--steps 10] [--set KEY=VALUE]
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ def measure(world: World, recipe: Recipe, rounds: int, steps: int) -> list[tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE for the recipe")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(

@@ -57,6 +57,7 @@ class Plan:
     device: str
     precision: str
     threads: int
+    prefetch_steps: int
     nodes: int
     world_size: int
     global_batch: int
@@ -165,6 +166,7 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
         device=device,
         precision=train.precision,
         threads=_threads(recipe, topology, device),
+        prefetch_steps=_prefetch_steps(recipe, device),
         nodes=topology.nodes,
         world_size=topology.world_size,
         global_batch=batch.global_,
@@ -181,6 +183,13 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
 
 def _every(steps: int | None, epochs: int | None, per_epoch: int) -> int | None:
     return steps if steps else epochs * per_epoch if epochs else None
+
+
+def _prefetch_steps(recipe: Recipe, device: str) -> int:
+    wanted = recipe.hardware.prefetch_steps
+    if wanted != "auto":
+        return wanted
+    return 2 if device == "cuda" else 0
 
 
 def _threads(recipe: Recipe, topology: Topology, device: str) -> int:

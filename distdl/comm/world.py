@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +69,22 @@ class World:
 
         `counts` is n_r by rank, known to all beforehand, so that this is one collective.
         """
+        return self.start_gather_rows(rows, counts)()
+
+    def start_gather_rows(self, rows: torch.Tensor, counts: list[int]) -> Callable[[], torch.Tensor]:
+        """`gather_rows` that does not block: the result of calling what is returned, which does."""
         if self.size == 1:
-            return rows
+            return lambda: rows
         padded = rows.new_zeros((max(counts), rows.shape[1]))
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
-        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
+        work = dist.all_gather(parts, padded, async_op=True)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
+
+        return finish
 
     def barrier(self) -> None:
         """Return when every rank has called it."""

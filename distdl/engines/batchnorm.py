@@ -7,6 +7,7 @@ bit, at any world size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,18 +49,29 @@ class RunningStatistics:
         """Forget this step's microbatches: the step was skipped."""
         self._captured = []
 
-    def update(self, world: World, counts: list[int]) -> None:
-        """Collective. Move the running statistics by one step; `counts` is real microbatches by rank."""
+    def start_update(self, world: World, counts: list[int]) -> Callable[[], None]:
+        """Collective. Move the running statistics by one step; `counts` is real microbatches by rank.
+
+        The exchange goes on in the background until what is returned is called.
+        """
         if not self._modules:
-            return
+            return lambda: None
         width = 1 + sum(2 * m.num_features for m in self._modules)
         empty = torch.empty((0, width), dtype=torch.float64)
         mine = torch.stack(self._captured).cpu() if self._captured else empty
         self._captured = []
-        rows = world.gather_rows(mine, counts)
-        total = tree_sum([row[:1] for row in rows])
-        mean = tree_sum([row[0] * row[1:] for row in rows]) / total
-        self._move(mean)
+        gathered = world.start_gather_rows(mine, counts)
+
+        def finish() -> None:
+            rows = gathered()
+            total = tree_sum([row[:1] for row in rows])
+            self._move(tree_sum([row[0] * row[1:] for row in rows]) / total)
+
+        return finish
+
+    def update(self, world: World, counts: list[int]) -> None:
+        """Collective. `start_update`, and wait for it."""
+        self.start_update(world, counts)()
 
     def _move(self, mean: Tensor) -> None:
         parts = iter(mean.split([n for m in self._modules for n in (m.num_features,) * 2]))

@@ -93,13 +93,15 @@ class DdpEngine:
             self._statistics.discard()
             self._optimizer.zero_grad(set_to_none=True)
             return Applied(False, norm)
-        if self._optim.clip_norm is not None:
+        # Under way while the optimiser runs: nothing in a training step reads the running statistics.
+        finish_statistics = self._statistics.start_update(self._world, counts)
+        if self._optim.clip_norm is not None and norm + 1e-6 > self._optim.clip_norm:
             nn.utils.clip_grads_with_norm_(self._parameters, self._optim.clip_norm, total_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._statistics.update(self._world, counts)
+        finish_statistics()
         return Applied(True, norm)
 
     def tensors(self) -> dict[str, Tensor]:

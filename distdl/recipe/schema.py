@@ -233,7 +233,9 @@ class Hardware(Section):
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one process.")
     channels_last: Literal["auto"] | bool = Field("auto", description="Memory layout of images.")
     unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps (DDP).")
-    prefetch_steps: Natural = Field(2, description="Steps of data prepared ahead.")
+    prefetch_steps: Literal["auto"] | Natural = Field(
+        "auto", description="Steps of data prepared ahead. auto: 2 on cuda; 0 on cpu, where no core is idle."
+    )
 
 
 class Launch(Section):

@@ -108,7 +108,9 @@ def log(s: Session, batch: StepBatch, losses: list[torch.Tensor], lr: float, nor
         s.console.step(step, None)
         return
     mine = [float(x) for x, m in zip(losses, batch.micros, strict=False) if m.weight]
-    parts = [x for part in s.world.gather(mine) for x in part]
+    rows = torch.tensor(mine, dtype=torch.float64).reshape(-1, 1)
+    # A step that counts nothing has run no microbatch on any rank.
+    parts = s.world.gather_rows(rows, s.plan.counts(step - 1)).flatten().tolist() if batch.total else []
     # fsum is exact, so the logged loss does not depend on how the microbatches were shared out.
     loss = exact_sum(parts) / batch.total if batch.total else 0.0
     now = time.perf_counter()

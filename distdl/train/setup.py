@@ -78,9 +78,7 @@ def open_session(
         console=RunConsole(plan.total_steps, quiet=quiet, terminal=terminal),
         stop=o.stop,
         heartbeat=heartbeat,
-        batches=Prefetcher(
-            microbatch_maker(recipe, plan, task, rows, world.rank), recipe.hardware.prefetch_steps
-        ),
+        batches=Prefetcher(microbatch_maker(recipe, plan, task, rows, world.rank), plan.prefetch_steps),
         eval_rows=eval_rows,
         identity=identity,
         saved_step=resumed.state.step if resumed.path else None,
