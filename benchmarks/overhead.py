@@ -3,9 +3,9 @@
 Two processes, one microbatch each. The hand-written loop has its data in memory as one tensor and does
 nothing but index, normalise, forward, backward, step. distdl's does all it always does: keyed order, gather
 from the memory map, agreement at each boundary, finite check, running statistics, metrics. Both run in the
-same processes, in turn, ten steps each (in shorter turns, the first step after a change, with cold caches
-and a heap that was given back, decides the figure); what is printed is the median over the turns of the ratio of their
-throughputs (above 1: distdl is faster).
+same processes, in turn, ten steps each: in shorter turns the first step after a change, with cold caches and
+a heap that was given back, decides the figure. What is printed is the median over the turns of the ratio of
+their throughputs (above 1: distdl is faster).
 
     python benchmarks/overhead.py [--rounds 20] [--steps 10] [--set KEY=VALUE]
 """
