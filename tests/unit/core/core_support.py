@@ -61,9 +61,10 @@ class ThreadWorld(World):
     def gather(self, value: Any) -> list[Any]:
         return self._exchange(json.loads(json.dumps(value)))
 
-    def gather_rows(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def start_gather_rows(self, rows: torch.Tensor, counts: list[int]) -> Callable[[], torch.Tensor]:
         assert rows.shape[0] == counts[self.rank]
-        return torch.cat(self._exchange(rows))
+        gathered = torch.cat(self._exchange(rows))
+        return lambda: gathered
 
 
 def on_threads(size: int, fn: Callable[[World], Any]) -> list[Any]:
