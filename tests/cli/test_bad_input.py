@@ -118,6 +118,7 @@ def test_run_directory_in_use(command: str, tmp_path: Path) -> None:
     assert "is in use by process" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -141,6 +142,7 @@ def _cnn5_key(line: str) -> bool:
     return line.strip().split(":")[0] in ("width", "norm", "dropout", "hidden")
 
 
+@pytest.mark.slow
 def test_nan_from_the_first_step_on(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN_MODEL)
     recipe = write_recipe(tmp_path, train={"max_nonfinite_steps": 3})
@@ -155,6 +157,7 @@ def test_nan_from_the_first_step_on(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "attempts" / "0002").exists(), "a diverged run is not restarted"
 
 
+@pytest.mark.slow
 def test_another_recipe_damage_and_nothing_valid(tmp_path: Path) -> None:
     """One run, seen through everything that can be wrong with its checkpoints."""
     recipe = write_recipe(tmp_path, train={"max_steps": 4}, checkpoint={"every_steps": 2})
@@ -194,6 +197,7 @@ def test_another_recipe_damage_and_nothing_valid(tmp_path: Path) -> None:
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_disk_full_in_a_real_run(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()

@@ -13,6 +13,8 @@ from distdl.record import read_lines
 from distdl.testing import WorldFailed, run_world, worst
 from tests.multiprocess.test_parity import recipe_for, results, train_rank
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests.multiprocess.own_models"
 
 
