@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from distdl.checkpoint.read import find_latest, load_tensors
 from distdl.record import read_lines
 
 TAG = "DISTDL_TEST_TAG"
@@ -42,6 +43,14 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(sections))
     return path
+
+
+def tensors_of(run: Path) -> Any:
+    """The tensors of a run's newest checkpoint."""
+    found = find_latest(run / "checkpoints")
+    assert found.path is not None
+    assert found.manifest is not None
+    return load_tensors(found.path, found.manifest)
 
 
 class Launched:

@@ -9,23 +9,14 @@ import signal
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from distdl.checkpoint.read import find_latest, load_tensors
 from distdl.record import read_lines
 from distdl.testing import assert_same_bits
-from tests.faults.support import Launched, events, wait_for_event, worker_pids, write_recipe
+from tests.faults.support import Launched, events, tensors_of, wait_for_event, worker_pids, write_recipe
 
 pytestmark = pytest.mark.slow
-
-
-def tensors_of(run: Path) -> Any:
-    found = find_latest(run / "checkpoints")
-    assert found.path is not None
-    assert found.manifest is not None
-    return load_tensors(found.path, found.manifest)
 
 
 def campaign(folder: Path, kills: int, steps: int, seed: int) -> list[float]:

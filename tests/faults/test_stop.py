@@ -10,9 +10,17 @@ from typing import Any
 
 import pytest
 
-from distdl.checkpoint.read import find_latest, load_tensors
+from distdl.checkpoint.read import find_latest
 from distdl.testing import assert_same_bits
-from tests.faults.support import Launched, events, launched, wait_for_event, worker_pids, write_recipe
+from tests.faults.support import (
+    Launched,
+    events,
+    launched,
+    tensors_of,
+    wait_for_event,
+    worker_pids,
+    write_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +34,6 @@ MOMENTS = {
 }
 CASES = list(itertools.product(MOMENTS, TARGETS, SIGNALS))
 EVERYDAY = [c for i, c in enumerate(CASES) if (i // 2 + i) % 2 == 0]  # each moment and target, one signal
-
-
-def tensors_of(run: Path) -> Any:
-    found = find_latest(run / "checkpoints")
-    assert found.path is not None
-    assert found.manifest is not None
-    return load_tensors(found.path, found.manifest)
 
 
 def start(recipe: Path, fail_at: str = "") -> Launched:
