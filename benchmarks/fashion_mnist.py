@@ -1,10 +1,9 @@
-"""Make Parquet files of Fashion-MNIST from its four IDX files.
+"""Make the subset of Fashion-MNIST that lies inside the package, as Parquet, from the four IDX files.
 
-    python benchmarks/fashion_mnist.py full   --idx FOLDER --out data/fashion_mnist_full
-    python benchmarks/fashion_mnist.py subset --idx FOLDER --out distdl/data/embedded/fashion_mnist
+    python benchmarks/fashion_mnist.py --idx FOLDER --out distdl/data/embedded/fashion_mnist
 
-`full` keeps all 60,000 + 10,000 images; `subset`, the one inside the package, a seeded choice of 10,000 +
-2,000 with every class equally often. Same input, same rows, in the order of the original.
+A seeded choice of 10,000 + 2,000 images with every class equally often, in the order of the original. Same
+input, same rows. All 70,000 images: distdl data prepare fashion_mnist --from FOLDER --out DIR
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distdl.data.idx import read_idx
-from distdl.data.order import Order
+from distdl.data.order import Full
 from distdl.errors import DataError
 
 CLASSES = [
@@ -37,7 +36,7 @@ CLASSES = [
     "Ankle boot",
 ]
 IDX_PREFIX = {"train": "train", "test": "t10k"}
-SUBSET_PER_CLASS = {"train": 1000, "test": 200}
+PER_CLASS = (1000, 200)
 SUBSET_SEED = 20170825
 
 Images = npt.NDArray[np.uint8]
@@ -68,7 +67,7 @@ def balanced(labels: Labels, per_class: int, seed: int) -> npt.NDArray[np.int64]
     chosen = []
     for label in range(len(CLASSES)):
         members = np.flatnonzero(labels == label)
-        chosen.append(members[Order(seed + label, len(members), shuffle=True).ids(0, 0, per_class)])
+        chosen.append(members[Full(seed + label, len(members)).ids(0, 0, per_class)])
     return np.sort(np.concatenate(chosen))
 
 
@@ -103,19 +102,19 @@ def write(data: pa.Table, file: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["full", "subset"])
     parser.add_argument("--idx", type=Path, required=True, metavar="FOLDER", help="the four IDX files")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="where the Parquet files go"
     )
+    parser.add_argument(
+        "--per-class", type=int, nargs=2, default=PER_CLASS, metavar=("TRAIN", "TEST"), help="images a class"
+    )
     given = parser.parse_args(arguments)
     try:
-        for split, per_class in SUBSET_PER_CLASS.items():
+        for split, per_class in zip(("train", "test"), given.per_class, strict=True):
             images, labels = read_split(given.idx, split)
-            if given.what == "subset":
-                ids = balanced(labels, per_class, SUBSET_SEED)
-                images, labels = images[ids], labels[ids]
-            write(table(images, labels), given.out / f"{split}.parquet")
+            ids = balanced(labels, per_class, SUBSET_SEED)
+            write(table(images[ids], labels[ids]), given.out / f"{split}.parquet")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ Later code obeys the plan and decides nothing again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distdl.capabilities import ENGINES
@@ -19,21 +19,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Field:
-    """One column of a dataset. `shape` and `dtype` are those of one row; `num_classes` for class labels."""
+    """One column of a dataset: element type and shape of one row (None: varies); `num_classes` for labels."""
 
     dtype: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int | None, ...] = ()
     num_classes: int | None = None
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What the plan and the model need to know about a dataset, read from its index alone."""
+    """What the plan and the model need to know about a dataset, read from its index alone.
+
+    `elements`: split -> sequence column -> how many elements all its rows have, where an index says so.
+    `remote`: its shards are fetched while it is read.
+    """
 
     name: str
     rows: Mapping[str, int]
     fields: Mapping[str, Field]
     fingerprint: str
+    elements: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Plan:
     world_size: int
     global_batch: int
     micro_batch: int
+    order: str
+    sequence: str | None
     train_rows: int
     eval_rows: int
     steps_per_epoch: int
@@ -146,8 +154,9 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     batch, train = recipe.batch, recipe.train
     _check_batch(batch.global_, batch.micro, topology.world_size)
     _check_world(batch.global_, batch.micro, topology.world_size)
-    train_rows = _rows(data, recipe.data.train_split, "data.train_split")
-    eval_rows = _rows(data, recipe.data.eval_split, "data.eval_split")
+    order, sequence = _order(recipe, data), sequence_column(recipe, data)
+    train_rows = _samples(recipe, data, order, sequence, "train_split")
+    eval_rows = _samples(recipe, data, order, sequence, "eval_split")
     dropped = train_rows % batch.global_ if recipe.data.drop_last else 0
     if train_rows - dropped == 0:
         fits = train_rows // batch.micro * batch.micro
@@ -171,6 +180,8 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
         world_size=topology.world_size,
         global_batch=batch.global_,
         micro_batch=batch.micro,
+        order=order,
+        sequence=sequence,
         train_rows=train_rows,
         eval_rows=eval_rows,
         steps_per_epoch=per_epoch,
@@ -209,6 +220,72 @@ def _device(recipe: Recipe, topology: Topology) -> str:
             f"{topology.gpus} GPUs: use {fewer}hardware.device=cpu"
         )
     return wanted
+
+
+def _order(recipe: Recipe, data: DataInfo) -> str:
+    """The kind of order, as `distdl.data.make_order` calls it, or "packed"."""
+    wanted = recipe.data
+    kind = "weighted" if wanted.mixture is not None else wanted.order
+    if not wanted.shuffle and kind in ("full", "block"):
+        kind = "sequential"
+    if data.remote and kind not in ("block", "sequential"):
+        raise PlanError(
+            f"data.order = {kind!r} would fetch shards of {data.name!r} again and again, in any order: use "
+            "data.order=block, which reads a few at a time, or copy the data here first (`distdl data stage`)"
+        )
+    return kind
+
+
+def sequence_column(recipe: Recipe, data: DataInfo) -> str | None:
+    """The column of varying length that `data.sequence` names, or the only one; None where there is none.
+
+    Raises DataError where it is needed and not there or not the only one.
+    """
+    given = recipe.data.sequence
+    found = [name for name, f in data.fields.items() if f.shape[:1] == (None,)]
+    if given is not None:
+        if given not in found:
+            raise DataError(
+                f"data.sequence = {given!r}: dataset {data.name!r} has no such column of varying length; it "
+                f"has {', '.join(found) or 'none'}"
+            )
+        return given
+    if len(found) == 1:
+        return found[0]
+    if recipe.data.order in ("length_bucketed", "packed"):
+        what = f"several ({', '.join(found)}): name one in data.sequence" if found else "none"
+        raise DataError(
+            f"data.order = {recipe.data.order!r} needs a column of varying length, and dataset {data.name!r} "
+            f"has {what}"
+        )
+    return None
+
+
+def packed_rows(elements: int, length: int) -> int:
+    """Rows of `length` targets that a stream of `elements` tokens gives; its first token is no target."""
+    return -(-max(elements - 1, 0) // length)
+
+
+def _samples(recipe: Recipe, data: DataInfo, order: str, sequence: str | None, which: str) -> int:
+    """Samples of one epoch of training, or of the evaluation."""
+    split, key = getattr(recipe.data, which), f"data.{which}"
+    rows = _rows(data, split, key)
+    if order == "weighted" and which == "train_split":
+        return recipe.data.epoch_rows or rows
+    if order != "packed":
+        return rows
+    assert sequence is not None
+    assert recipe.data.pack_length is not None
+    elements = data.elements.get(split, {}).get(sequence)
+    if elements is None:
+        raise DataError(
+            f"data.order = 'packed' needs to know how many tokens {data.name!r} has, and only a prepared "
+            "dataset says so: run `distdl data prepare` on it"
+        )
+    packed = packed_rows(elements, recipe.data.pack_length)
+    if not packed:
+        raise DataError(f"{key} = {split!r}: column {sequence!r} has {elements} tokens; two are the least")
+    return packed
 
 
 def _rows(data: DataInfo, split: str, key: str) -> int:

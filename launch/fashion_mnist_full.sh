@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make data/fashion_mnist_full: all 60,000 + 10,000 images of Fashion-MNIST as Parquet (31 MB), for
+# Make data/fashion_mnist_full: all 60,000 + 10,000 images of Fashion-MNIST, prepared (55 MB), for
 # configs/fashion_cnn_full.yaml. Run it once, from anywhere; a second run finds the files and stops.
 #
 #   bash launch/fashion_mnist_full.sh            fetch Debian's package dataset-fashion-mnist (31 MB)
@@ -23,7 +23,7 @@ into one folder, and run: bash launch/fashion_mnist_full.sh FOLDER"
 }
 
 [ $# -le 1 ] || fail "expected at most one argument, a folder with the four IDX files; got $#" 2
-if [ -f "$out/train.parquet" ] && [ -f "$out/test.parquet" ]; then
+if [ -f "$out/index.json" ] || [ -f "$out/train.parquet" ]; then
     echo "$out is there already; delete it to make it anew"
     exit 0
 fi
@@ -47,4 +47,4 @@ else
 fi
 
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
-    "$python" "$root/benchmarks/fashion_mnist.py" full --idx "$idx" --out "$out"
+    "$python" -m distdl data prepare fashion_mnist --from "$idx" --out "$out"

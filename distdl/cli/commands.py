@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from distdl import __version__, errors
+from distdl.cli.data import data_app
 from distdl.errors import DistdlError
 from distdl.lifeline import die_with_parent
 from distdl.plan import Plan, make_plan
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Write a training run once; run it on any hardware, through any failure, and get the same run.",
 )
+
+app.add_typer(data_app, name="data")
 
 Config = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -83,7 +86,7 @@ def launch(
     if dry_run:
         _show_plan(recipe, plan)
         return errors.DONE
-    from distdl.data.prepare import prepare
+    from distdl.data import Feed
     from distdl.launch.server import start_server
     from distdl.record import RunDirectory
 
@@ -91,7 +94,7 @@ def launch(
     directory.create()
     with directory.lock():
         start_server(plan, directory)
-        prepare(recipe.data.name, recipe.data.path)
+        Feed.open(recipe.data)
         from distdl.launch.local import launch as launch_local
 
         return launch_local(recipe, plan, directory, allow_changed=allow_changed)
@@ -159,12 +162,12 @@ def version() -> int:
 
 
 def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:
-    from distdl.data import describe
+    from distdl.data import describe_data
 
     gpus = visible_gpus(os.environ)
     if procs is None:
         procs = max(gpus, 1) if recipe.launch.procs == "auto" else recipe.launch.procs
-    info = describe(recipe.data.name, recipe.data.path)
+    info = describe_data(recipe.data)
     return make_plan(recipe, Topology.of(nodes, procs, gpus=gpus), info)
 
 

@@ -1,99 +1,146 @@
-"""Which files a dataset is made of: a catalogue name or a folder -> the Parquet files of each split."""
+"""Datasets by name: where each is on the hub, how it is prepared, and the one that comes with the package."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distdl.errors import DataError, nearest
 
 _EMBEDDED = Path(__file__).resolve().parent / "embedded"
 
-CATALOGUE: dict[str, Path] = {"fashion_mnist": _EMBEDDED / "fashion_mnist"}
-"""Datasets that need no download: name -> folder of Parquet files inside this package."""
+DATA_VARIABLE = "DISTDL_DATA"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-_PATTERNS = "train*.parquet, test*.parquet or SPLIT-00000-of-0000N.parquet, there or in its sub-folder data/"
-_SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-[0-9a-f]+)?")
-_SPLIT = re.compile(r"\w+")
-_USUAL = re.compile(r"(?P<split>train|validation|test)(?![a-z]).*")
+_FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
-Sources = dict[str, list[Path]]
-"""Split -> its Parquet files, in the order of their rows."""
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset: its place on the hub and the options it is prepared with unless others are given."""
+
+    hub: str
+    licence: str
+    config: str | None = None
+    columns: tuple[str, ...] | None = None
+    """Columns that are kept, by the hub's names; None: all."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    image_size: tuple[int, int] | None = None
+    tokenize: tuple[str, ...] = ()
+    tokenizer: str = "bpe"
+    max_tokens: int | None = None
+    splits: tuple[str, ...] = ("train", "test")
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes, for sources that only number them."""
+    embedded: Path | None = None
+    """A folder of Parquet files inside this package: a subset that needs no download."""
 
 
-def sources(name: str | None, path: str | Path | None) -> Sources:
-    """The Parquet files of the dataset `name` (a catalogue name) or `path` (a folder); give exactly one.
+CATALOGUE: dict[str, Entry] = {
+    "fashion_mnist": Entry(
+        "zalando-datasets/fashion_mnist", "MIT", class_names=_FASHION, embedded=_EMBEDDED / "fashion_mnist"
+    ),
+    "mnist": Entry("ylecun/mnist", "not stated by its authors"),
+    "cifar10": Entry("uoft-cs/cifar10", "not stated by its authors", rename={"img": "image"}),
+    "cifar100": Entry(
+        "uoft-cs/cifar100",
+        "not stated by its authors",
+        columns=("img", "fine_label"),
+        rename={"img": "image", "fine_label": "label"},
+    ),
+    "imagenet-1k": Entry(
+        "ILSVRC/imagenet-1k",
+        "ImageNet terms of access (research, no redistribution)",
+        image_size=(224, 224),
+        splits=("train", "validation"),
+    ),
+    "ag_news": Entry("fancyzhx/ag_news", "not stated by its authors", tokenize=("text",), max_tokens=256),
+    "imdb": Entry("stanfordnlp/imdb", "not stated by its authors", tokenize=("text",), max_tokens=512),
+    "wikitext-2": Entry(
+        "Salesforce/wikitext",
+        "CC BY-SA 3.0",
+        config="wikitext-2-raw-v1",
+        tokenize=("text",),
+        splits=("train", "validation", "test"),
+    ),
+    "wikitext-103": Entry(
+        "Salesforce/wikitext",
+        "CC BY-SA 3.0",
+        config="wikitext-103-raw-v1",
+        tokenize=("text",),
+        splits=("train", "validation", "test"),
+    ),
+    "multi30k": Entry(
+        "bentrevett/multi30k",
+        "not stated; research use",
+        tokenize=("en", "de"),
+        splits=("train", "validation", "test"),
+    ),
+    "ptb": Entry(
+        "ptb-text-only/ptb_text_only",
+        "Linguistic Data Consortium user agreement",
+        rename={"sentence": "text"},
+        tokenize=("text",),
+        tokenizer="space",
+        splits=("train", "validation", "test"),
+    ),
+}
+"""Name -> entry."""
 
-    A folder's files belong to the split that their name begins with, as on the Hugging Face hub
-    (`train-00000-of-00002.parquet`); any other name is itself a split. Raises DataError.
+
+def locate(name: str | None, path: str | Path | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of the dataset `name` (a catalogue name or hub id) or `path`; give exactly one.
+
+    Never looks at a hub: what is not embedded must have been prepared, at `$DISTDL_DATA/NAME` (default
+    ./data/NAME). Raises DataError with the command that prepares it.
     """
     if (name is None) == (path is None):
         raise DataError(
             f"data.name is {name!r} and data.path is {path and str(path)!r}; give exactly one of them"
         )
     if path is not None:
-        return _folder_sources(Path(path).expanduser())
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise DataError(
+                f"the data folder {folder} {what}; expected a folder made by `distdl data prepare` or by "
+                "`save_to_disk` of Hugging Face datasets, or one of Parquet files"
+            )
+        return folder
     assert name is not None
-    if name not in CATALOGUE:
+    entry = CATALOGUE.get(name)
+    if entry is None and not _HUB_ID.fullmatch(name):
         raise DataError(
             f"data.name is {name!r}, which is no known dataset{nearest(name, CATALOGUE) or '.'} "
-            f"Known names: {', '.join(sorted(CATALOGUE))}. For files of your own, give data.path: a folder "
-            f"with {_PATTERNS}."
+            f"Known names: {', '.join(sorted(CATALOGUE))}; or a hub id, owner/name. For files of your own, "
+            "give data.path."
         )
-    return _folder_sources(CATALOGUE[name])
+    if entry is not None and entry.embedded is not None:
+        return entry.embedded
+    folder = Path(environ.get(DATA_VARIABLE) or "data").expanduser() / name
+    if not folder.is_dir():
+        raise DataError(
+            f"the dataset {name!r} is not prepared: there is no folder {folder}. Run this once, where "
+            f"there is a network:  distdl data prepare {name} --out {folder}  (or with --from FOLDER, for "
+            f"files you have). It is looked for in ${DATA_VARIABLE}, or ./data."
+        )
+    return folder
 
 
 def title(name: str | None, path: str | Path | None) -> str:
     """What to call the dataset: its catalogue name, or the last part of its path."""
     return name or Path(path or "").expanduser().resolve().name
-
-
-def _folder_sources(folder: Path) -> Sources:
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"the data folder {folder} {what}; expected a folder with {_PATTERNS}")
-    try:
-        files = _parquet_files(folder) or _parquet_files(folder / "data")
-    except OSError as error:
-        raise DataError(f"cannot list the data folder {folder}: {error.strerror or error}") from error
-    if not files:
-        names = sorted(p.name for p in folder.iterdir())[:8]
-        raise DataError(
-            f"no Parquet files in {folder}: looked for {_PATTERNS}; found {', '.join(names) or 'nothing'}"
-        )
-    found: Sources = {}
-    for file in files:
-        found.setdefault(_split_of(file), []).append(file)
-    for split, members in found.items():
-        _check_shards(split, members)
-    return found
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.glob("*.parquet") if not f.name.startswith("."))
-
-
-def _split_of(file: Path) -> str:
-    match = _SHARD.fullmatch(file.stem) or _USUAL.fullmatch(file.stem)
-    split = match["split"] if match else file.stem
-    if not _SPLIT.fullmatch(split):
-        raise DataError(
-            f"the name of {file} gives no split: {split!r} holds more than letters, digits and '_'. "
-            f"Expected {_PATTERNS}; rename the file or move it away."
-        )
-    return split
-
-
-def _check_shards(split: str, files: list[Path]) -> None:
-    """A download that stopped half-way leaves complete files, but not all of them."""
-    shards = [m for m in (_SHARD.fullmatch(f.stem) for f in files) if m]
-    present = sorted(int(m["number"]) for m in shards)
-    totals = sorted({int(m["total"]) for m in shards})
-    if not shards or (len(shards) == len(files) and present == list(range(totals[0])) and len(totals) == 1):
-        return
-    missing = sorted(set(range(totals[-1])) - set(present))
-    problem = f"shards {missing[:8]} are missing" if missing else "files of several writings are mixed"
-    raise DataError(
-        f"split {split!r} in {files[0].parent} is not complete: its file names promise {totals[-1]} shards, "
-        f"and {problem}. Found {', '.join(f.name for f in files[:8])}."
-    )

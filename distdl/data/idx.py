@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from distdl.data.huggingface import class_label, feature_of, with_features
 from distdl.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -48,6 +51,73 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
             f"{len(data)}. Fetch the file again."
         )
     return np.frombuffer(data, dtype, offset=header).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+_NAME = re.compile(r"(?P<split>\w+)-(?P<what>images|labels)[-.]idx[13]-ubyte(\.gz)?")
+_SPLITS = {"t10k": "test"}
+
+Pair = tuple[Path, Path]
+"""The files of one split: images and labels."""
+
+
+def find_idx(folder: Path) -> dict[str, Pair]:
+    """The pairs SPLIT-images-idx3-ubyte, SPLIT-labels-idx1-ubyte (.gz or not) in `folder`; t10k is "test".
+
+    Empty where there are none. Raises DataError for one without the other.
+    """
+    files: dict[str, dict[str, Path]] = {}
+    for file in sorted(folder.iterdir(), reverse=True):  # so that the plain file wins over the .gz beside it
+        match = _NAME.fullmatch(file.name)
+        if match:
+            files.setdefault(match["split"], {})[match["what"]] = file
+    for split, pair in files.items():
+        for what in ("images", "labels"):
+            if what not in pair:
+                number = 3 if what == "images" else 1
+                raise DataError(f"{folder} has no {split}-{what}-idx{number}-ubyte (or .gz) beside {pair}")
+    ordered = sorted(files, key=lambda split: (split != "train", split))
+    return {_SPLITS.get(split, split): (files[split]["images"], files[split]["labels"]) for split in ordered}
+
+
+def idx_schema(pairs: dict[str, Pair], class_names: tuple[str, ...] | None) -> pa.Schema:
+    """Columns `image` (fixed-size lists, type as stored) and `label` (int64 with class names).
+
+    Without `class_names` the classes are called by their numbers. Reads the files. Raises DataError.
+    """
+    kinds, largest = set(), -1
+    for split, pair in pairs.items():
+        images, labels = read_idx(pair[0]), read_idx(pair[1])
+        if images.ndim < 2 or labels.ndim != 1 or labels.dtype.kind not in "iu" or len(images) != len(labels):
+            raise DataError(
+                f"{pair[0].parent}: the {split} files hold images {images.shape} {images.dtype} and labels "
+                f"{labels.shape} {labels.dtype}; expected [N, H, W] and as many integers, [N]"
+            )
+        if not len(labels) or labels.min() < 0:
+            raise DataError(f"{pair[1]}: expected at least one label, none below 0")
+        kinds.add((images.shape[1:], images.dtype))
+        largest = max(largest, int(labels.max()))
+    if len(kinds) != 1:
+        raise DataError(f"the splits hold images of different kinds: {sorted(map(str, kinds))}")
+    if class_names is not None and largest >= len(class_names):
+        raise DataError(f"the labels reach {largest}; expected 0 to {len(class_names) - 1}")
+    shape, dtype = kinds.pop()
+    kind = pa.from_numpy_dtype(dtype)
+    for length in reversed(shape):
+        kind = pa.list_(kind, length)
+    features = {
+        "image": feature_of(kind),
+        "label": class_label(class_names or [str(number) for number in range(largest + 1)]),
+    }
+    return with_features(pa.schema([pa.field("image", kind), pa.field("label", pa.int64())]), features)
+
+
+def idx_table(pair: Pair, schema: pa.Schema) -> pa.Table:
+    """The rows of one split in the columns of `idx_schema`."""
+    images, labels = read_idx(pair[0]), read_idx(pair[1])
+    column = pa.array(images.reshape(-1))
+    for length in reversed(images.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+    return pa.table([column, pa.array(labels.astype(np.int64))], schema=schema)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -1,101 +1,178 @@
-"""`Order`: (seed, epoch, position) -> sample id, in constant memory and with random access.
+"""`Order`: (seed, epoch, position) -> sample id, with random access.
 
-The permutation is a Feistel network over [a] x [b] with a * b just above the number of rows (the unbalanced,
-alternating form of Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, also used by
-NIST's FF1); an output outside the rows is encrypted again until it falls inside ("cycle walking", same
-paper), which keeps the map a bijection. At most a - 1 of the a * b points lie outside: walking is rare.
+Each kind is a pure function: no state that a result depends on, the same on every rank, thread, machine and
+version of numpy. So the place in the data is one integer, whatever the number of processes, and any process
+can ask for any position. Which kind suits which data is in docs/order.md.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from distdl.keys import key
+from distdl.data.mixture import Weighted
+from distdl.data.permutation import MAX_ROWS, Ints, check_positions, check_rows, permute, round_keys
+from distdl.data.windows import WINDOW, WINDOW_BATCHES, Block, LengthBucketed
+from distdl.errors import DataError, nearest
 
-Ids = npt.NDArray[np.int64]
-_Words = npt.NDArray[np.uint64]
+__all__ = [
+    "KINDS",
+    "MAX_ROWS",
+    "Block",
+    "Full",
+    "LengthBucketed",
+    "Order",
+    "Sequential",
+    "Weighted",
+    "make_order",
+]
 
-MAX_ROWS = 2**62
-"""Above this, a * b and the sums in a round could leave 64 bits."""
 
-# Each half passes through half of them. Luby and Rackoff need four for large domains; small ones need more
-# before rare permutations show up as often as they should.
-_ROUNDS = 12
+class Order(Protocol):
+    """The order in which the samples of a dataset are visited. Safe to call from several threads."""
 
+    @property
+    def rows(self) -> int:
+        """Positions in an epoch."""
+        ...
 
-@dataclass(frozen=True)
-class Order:
-    """The order in which the `rows` samples of a dataset are visited: a permutation for each epoch.
-
-    Pure: no state, no memory that grows with `rows`, the same on every rank, machine and version of numpy.
-    With `shuffle` False every epoch is 0, 1, 2, ...
-    """
-
-    seed: int
-    rows: int
-    shuffle: bool
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rows <= MAX_ROWS:
-            raise ValueError(f"rows is {self.rows}; an order has 0 to {MAX_ROWS} rows")
-
-    def ids(self, epoch: int, start: int, stop: int) -> Ids:
-        """Sample ids (int64 [stop - start]) at positions `start` .. `stop` - 1 of `epoch`."""
-        return self.at(epoch, np.arange(start, stop, dtype=np.int64))
-
-    def at(self, epoch: int, positions: Ids) -> Ids:
-        """Sample ids (int64, shape of `positions`) at any positions (int64) of `epoch`.
+    def at(self, epoch: int, positions: Ints) -> Ints:
+        """Sample ids (int64 [n]) at any positions (int64 [n]) of `epoch`.
 
         Raises ValueError for a position outside 0 .. rows - 1.
         """
-        if positions.size and not (positions.min() >= 0 and positions.max() < self.rows):
-            raise ValueError(
-                f"positions {positions.min()} to {positions.max()} asked for; "
-                f"an epoch of {self.rows} rows has positions 0 to {self.rows - 1}"
-            )
-        if not self.shuffle or self.rows < 2:
-            return positions.copy()
-        keys = _round_keys(self.seed, epoch)
-        return _permute(positions.astype(np.uint64), self.rows, keys).astype(np.int64)
+        ...
+
+    def ids(self, epoch: int, start: int, stop: int) -> Ints:
+        """Sample ids (int64 [stop - start]) at positions `start` .. `stop` - 1 of `epoch`."""
+        ...
 
 
-@functools.lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(key(seed, "order", epoch, number) for number in range(_ROUNDS))
+@dataclass(frozen=True)
+class Sequential:
+    """Every epoch is 0, 1, 2, ..."""
+
+    rows: int
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+
+    def at(self, epoch: int, positions: Ints) -> Ints:
+        """See `Order.at`."""
+        check_positions(positions, self.rows)
+        return positions.copy()
+
+    def ids(self, epoch: int, start: int, stop: int) -> Ints:
+        """See `Order.ids`."""
+        return self.at(epoch, np.arange(start, stop, dtype=np.int64))
 
 
-def _permute(values: _Words, rows: int, keys: tuple[int, ...]) -> _Words:
-    """A bijection of 0 .. rows - 1, element by element."""
-    a = math.isqrt(rows - 1) + 1
-    b = -(-rows // a)
-    out = _feistel(values, a, b, keys)
-    outside = np.flatnonzero(out >= rows)
-    while outside.size:
-        out[outside] = _feistel(out[outside], a, b, keys)
-        outside = outside[out[outside] >= rows]
-    return out
+@dataclass(frozen=True)
+class Full:
+    """Any sample at any position: a permutation of all rows for each epoch, in constant memory."""
+
+    seed: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+
+    def at(self, epoch: int, positions: Ints) -> Ints:
+        """See `Order.at`."""
+        check_positions(positions, self.rows)
+        return permute(positions, self.rows, round_keys(self.seed, "order", epoch))
+
+    def ids(self, epoch: int, start: int, stop: int) -> Ints:
+        """See `Order.ids`."""
+        return self.at(epoch, np.arange(start, stop, dtype=np.int64))
 
 
-def _feistel(values: _Words, a: int, b: int, keys: tuple[int, ...]) -> _Words:
-    """A bijection of 0 .. a * b - 1: each round shifts one half by a keyed hash of the other."""
-    mod_a, mod_b = np.uint64(a), np.uint64(b)
-    left, right = values // mod_b, values % mod_b
-    for number, round_key in enumerate(keys):
-        word = np.uint64(round_key)
-        if number % 2 == 0:
-            left = (left + _mix(right + word) % mod_a) % mod_a
-        else:
-            right = (right + _mix(left + word) % mod_b) % mod_b
-    return left * mod_b + right
+KINDS = ("full", "block", "sequential", "length_bucketed", "weighted")
 
 
-def _mix(words: _Words) -> _Words:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014; constants: Stafford's variant 13)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+def make_order(
+    kind: str,
+    *,
+    seed: int,
+    rows: int,
+    batch: int | None = None,
+    shard_rows: Sequence[int] | Ints | None = None,
+    offsets: Ints | None = None,
+    window: int | None = None,
+    window_batches: int = WINDOW_BATCHES,
+    shuffle: bool = True,
+    parts: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    epoch_rows: int | None = None,
+) -> Order:
+    """The order called `kind` over `rows` samples; what a kind does not use is ignored.
+
+    `block` needs `shard_rows`; `length_bucketed` `offsets` and `batch`; `weighted` `parts` (rows of each
+    dataset) and `weights`. Without `shuffle`, `full` and `block` are `sequential`. Raises DataError for an
+    unknown kind, for what a kind lacks, and for rows that do not add up.
+    """
+    if kind not in KINDS:
+        raise DataError(_unknown(kind))
+    if kind == "weighted":
+        return _weighted(seed, rows, shuffle, parts, weights, epoch_rows)
+    if kind == "length_bucketed":
+        return _length_bucketed(seed, rows, batch, offsets, window_batches, shuffle)
+    if kind == "sequential" or not shuffle:
+        return Sequential(rows)
+    if kind == "full":
+        return Full(seed, rows)
+    if shard_rows is None:
+        raise DataError("order block needs the rows of each shard; these data have none. Use order full.")
+    block = Block(seed, shard_rows, WINDOW if window is None else window)
+    _check_sum("the shards", block.rows, rows)
+    return block
+
+
+def _unknown(kind: str) -> str:
+    if kind == "packed":
+        return (
+            "packed is not an order but a view of the rows: wrap them in distdl.data.views.Packed, and give "
+            "what comes out order full or block"
+        )
+    return f"there is no order {kind!r}{nearest(kind, KINDS) or '.'} Orders: {', '.join(KINDS)}."
+
+
+def _length_bucketed(
+    seed: int, rows: int, batch: int | None, offsets: Ints | None, window_batches: int, shuffle: bool
+) -> Order:
+    if offsets is None:
+        raise DataError(
+            "order length_bucketed needs a sequence column, whose lengths it sorts by; these data have none, "
+            "or were not prepared. Use order full, or prepare them with `distdl data prepare`."
+        )
+    if batch is None:
+        raise DataError("order length_bucketed needs the size of a batch; none was given")
+    order = LengthBucketed(seed, offsets, batch, window_batches, shuffle)
+    _check_sum("the offsets of the sequence column", order.rows, rows)
+    return order
+
+
+def _weighted(
+    seed: int,
+    rows: int,
+    shuffle: bool,
+    parts: Sequence[int] | None,
+    weights: Sequence[float] | None,
+    epoch_rows: int | None,
+) -> Order:
+    if parts is None or weights is None:
+        raise DataError(
+            "order weighted needs several datasets and a weight for each; use order full for one dataset"
+        )
+    if not shuffle:
+        raise DataError("order weighted always shuffles; use order sequential, or leave out `shuffle: false`")
+    _check_sum("the datasets of the mixture", sum(parts), rows)
+    return Weighted(seed, parts, weights, epoch_rows)
+
+
+def _check_sum(what: str, found: int, rows: int) -> None:
+    if found != rows:
+        raise DataError(f"{what} have {found} rows, and the data {rows}: prepare the data again")

@@ -16,6 +16,7 @@ def plan_rows(p: Plan) -> dict[str, str]:
         "step": f"{p.global_batch} samples = {p.microbatches} microbatches of {p.micro_batch}",
         "each process": f"{each} microbatches a step{balance}",
         "epoch": f"{p.train_rows:,} rows = {p.steps_per_epoch} steps",
+        "order": p.order + (f" by {p.sequence}" if p.order in ("length_bucketed", "packed") else ""),
         "last step of an epoch": f"{p.last_batch} samples",
         "run": f"{p.total_steps:,} steps ({p.total_steps / p.steps_per_epoch:.2f} epochs)",
         "evaluation": f"{p.eval_rows:,} rows, {_every(p.eval_every)}",

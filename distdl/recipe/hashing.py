@@ -16,12 +16,14 @@ _ABSENT = "(absent)"
 def mathematics(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that fixes what is computed, as JSON types with every default written out.
 
-    Left out: where and how it runs, and `data.path`: where the data lie is not mathematics (a checkpoint
-    records the fingerprint of the data themselves).
+    Left out: where and how it runs, `data.path` and the names in `data.mixture`: where the data lie is not
+    mathematics (a checkpoint records the fingerprint of the data themselves).
     """
     exclude: dict[str, Any] = dict.fromkeys(NOT_MATHEMATICS, True)
     exclude["data"] = {"path"}
     result: dict[str, Any] = _positive_zeros(recipe.model_dump(mode="json", by_alias=True, exclude=exclude))
+    if recipe.data.mixture is not None:
+        result["data"]["mixture"] = list(recipe.data.mixture.values())
     return result
 
 

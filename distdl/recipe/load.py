@@ -26,6 +26,7 @@ from distdl.recipe.tree import Marked, from_python, parse_yaml, plain, source_of
 
 EXTENDS = "extends"
 _PERIODIC = ("eval", "checkpoint", "schedule")
+_SOURCES = ("name", "path", "mixture")
 _PERIODS = ("every_epochs", "every_steps")
 _SUFFIXES = (".yaml", ".yml")
 
@@ -163,7 +164,7 @@ def _chooses_anew(section: str, below: Mapping[str, Marked], above: Mapping[str,
     if section in NAMED:
         return "name" in above and "name" in below and above["name"].value != below["name"].value
     if section == "data":
-        before, now = _says(below, "name", "path"), _says(above, "name", "path")
+        before, now = _says(below, *_SOURCES), _says(above, *_SOURCES)
         return len(before) == len(now) == 1 and before != now
     return False
 

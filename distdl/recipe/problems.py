@@ -129,6 +129,8 @@ def describe(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(map(repr, schema["enum"]))
     kind = schema.get("type")
+    if kind == "object":
+        return f"a mapping of names, each to {describe(schema['additionalProperties'])}"
     if kind == "array":
         return f"a list of {schema['minItems']}, each {describe(schema['prefixItems'][0])}"
     names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}

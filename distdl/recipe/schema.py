@@ -79,28 +79,69 @@ class ImportedModel(NamedSection):
 
 
 class Augment(Section):
-    """Random changes to training images. Each is keyed by (seed, step, microbatch)."""
+    """Random changes to training samples. Each is keyed by (seed, step, microbatch)."""
 
-    flip: bool = Field(False, description="Mirror left and right with probability one half.")
-    crop_padding: Natural = Field(0, description="Pad by this many pixels a side, then crop back at random.")
+    flip: bool = Field(False, description="Mirror images left and right with probability one half.")
+    crop_padding: Natural = Field(0, description="Pad images by so many pixels a side, crop back at random.")
+    cutout: Natural = Field(0, description="Blank a square of so many pixels a side at random in each image.")
+    token_dropout: Fraction = Field(0.0, description="Probability that a token is replaced.")
+    token_dropout_id: Natural = Field(1, description="What a dropped token is replaced by (1: unknown).")
+    jitter: NotNegative = Field(0.0, description="Standard deviation of the noise added to a series.")
 
 
 class Data(Section):
-    """What to train and evaluate on: a catalogue `name` or a `path`, exactly one of them."""
+    """What to train and evaluate on: a catalogue `name`, a `path` or a `mixture`, exactly one of them."""
 
     name: Text | None = Field(None, description="Name in the catalogue, such as fashion_mnist.")
-    path: Text | None = Field(None, description="Folder with train*.parquet and test*.parquet.")
+    path: Text | None = Field(
+        None, description="Folder or URL of a prepared dataset, of Parquet files, or of save_to_disk."
+    )
+    mixture: dict[Text, float] | None = Field(
+        None, description="Name or path of each dataset, and its share of the samples; shares add up to 1."
+    )
     train_split: Text = Field("train", description="Split to train on.")
     eval_split: Text = Field("test", description="Split to evaluate on.")
     shuffle: bool = Field(True, description="Visit the samples in another random order in each epoch.")
+    order: Literal["full", "block", "sequential", "length_bucketed", "packed"] = Field(
+        "full", description="How far a shuffle reaches, and what stands together: see docs/order.md."
+    )
+    block_window: Count = Field(10_000, description="Samples that are shuffled together (order block).")
+    bucket_batches: Count = Field(
+        200, description="Batches whose samples are sorted by length together (order length_bucketed)."
+    )
+    sequence: Text | None = Field(
+        None, description="Column of varying length that order and augmentation look at. Null: the only one."
+    )
+    pack_length: Count | None = Field(None, description="Tokens of one row to learn from (order packed).")
+    epoch_rows: Count | None = Field(
+        None, description="Samples of one epoch of a mixture. Null: as many as its datasets have together."
+    )
     drop_last: bool = Field(False, description="Leave out the short last batch of an epoch.")
-    augment: Augment = Field(default_factory=Augment, description="Random changes to training images.")
+    transform: str | None = Field(
+        None,
+        pattern=IMPORT_PATTERN,
+        description="Import path of a function (rows, key) -> rows, to train on.",
+    )
+    augment: Augment = Field(default_factory=Augment, description="Random changes to training samples.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        if (self.name is None) == (self.path is None):
-            given = "neither was given" if self.name is None else "both were given"
-            raise _problem(f"give exactly one of name (a catalogue name) and path (a folder); {given}")
+        given = [key for key in ("name", "path", "mixture") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise _problem(
+                "give exactly one of name (a catalogue name), path (a folder) and mixture (several); given: "
+                f"{', '.join(given) or 'none'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packs(self) -> Data:
+        if (self.order == "packed") != (self.pack_length is not None):
+            raise _problem("order packed and pack_length (tokens of one row) go together: give both or none")
+        if self.mixture is not None and self.order != "full":
+            raise _problem(f"a mixture has an order of its own; leave out order (given: {self.order})")
+        if self.epoch_rows is not None and self.mixture is None:
+            raise _problem("epoch_rows is for a mixture; an epoch of one dataset is each of its samples once")
         return self
 
 
@@ -233,6 +274,11 @@ class Hardware(Section):
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one process.")
     channels_last: Literal["auto"] | bool = Field("auto", description="Memory layout of images.")
     unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps (DDP).")
+    workers: Natural = Field(0, description="Processes that run data.transform ahead. 0: in the rank itself.")
+    cache_bytes: Count = Field(
+        64 * 2**30, description="Disk space of this node for shards that are streamed from a URL."
+    )
+    retry_s: NotNegative = Field(300.0, description="Seconds to try again where a remote shard fails.")
     prefetch_steps: Literal["auto"] | Natural = Field(
         "auto", description="Steps of data prepared ahead. auto: 2 on cuda; 0 on cpu, where no core is idle."
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
-Rows = dict[str, np.ndarray[Any, Any]]
-"""Gathered columns, [n, ...] each, dtype as stored."""
+Rows = dict[str, Any]
+"""Gathered columns, dtype as stored: a numpy array [n, ...] each, or where rows differ in length a
+`distdl.data.Ragged` (flat `values`, int64 `lengths` [n], `padded()`)."""
 
 Batch = dict[str, Tensor]
 """What `collate` makes of rows and the model and loss read; on CPU until the loop moves it."""

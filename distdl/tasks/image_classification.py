@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo
+from distdl.plan import DataInfo, Field
 from distdl.tasks.base import Batch, Rows
 
 
@@ -27,7 +27,7 @@ class ImageClassification:
         self._smoothing = label_smoothing
         self.image_field, self._label_field = _columns(data_info)
         self._num_classes = data_info.fields[self._label_field].num_classes
-        shape = data_info.fields[self.image_field].shape
+        shape = tuple(n for n in data_info.fields[self.image_field].shape if n is not None)
         self._channels_last = len(shape) == 3 and shape[0] > 4
         self._input_shape = _channels_first(shape)
 
@@ -62,7 +62,7 @@ class ImageClassification:
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:
-    images = [n for n, f in data.fields.items() if f.dtype == "uint8" and len(f.shape) in (2, 3)]
+    images = [n for n, f in data.fields.items() if _is_image(f)]
     labels = [n for n, f in data.fields.items() if f.num_classes and not f.shape]
     if len(images) == 1 and len(labels) == 1:
         return images[0], labels[0]
@@ -71,6 +71,10 @@ def _columns(data: DataInfo) -> tuple[str, str]:
         f"task image_classification needs one uint8 image column of two or three dimensions and one "
         f"ClassLabel column; dataset {data.name!r} has {has}"
     )
+
+
+def _is_image(field: Field) -> bool:
+    return field.dtype == "uint8" and len(field.shape) in (2, 3) and None not in field.shape
 
 
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:

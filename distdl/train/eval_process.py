@@ -11,7 +11,7 @@ from distdl import errors
 from distdl.checkpoint.read import find_latest, load_tensors, verify
 from distdl.comm import World, together
 from distdl.comm.world import leave
-from distdl.data import Rows, open_split
+from distdl.data import Rows
 from distdl.engines import Engine
 from distdl.errors import CheckpointError, DistdlError
 from distdl.observe.console import show
@@ -61,10 +61,10 @@ def _evaluate(
     world, plan, _ = enter_world(recipe, topology)
     chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
     path = Path(world.from_main(chosen))
-    prepared = prepare_data(recipe, world, topology)
-    task, engine = together(world, lambda: build(recipe, plan, world, topology, prepared.info))
+    feed = prepare_data(recipe, world, topology)
+    task, engine = together(world, lambda: build(recipe, plan, world, topology, feed.info))
     together(world, lambda: _load(engine, path))
-    rows = together(world, lambda: open_split(prepared, recipe.data.eval_split))
+    rows = together(world, lambda: feed.rows(recipe.data.eval_split))
     return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
 
 

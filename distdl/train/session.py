@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from distdl.checkpoint.manifest import Facts
 from distdl.comm import World, share_problem
-from distdl.data import Order, Prefetcher, Rows, gather_microbatches
+from distdl.data import Rows
 from distdl.engines import Engine
 from distdl.observe.console import RunConsole
 from distdl.plan import Plan
 from distdl.recipe import Recipe
 from distdl.record import Heartbeat, RunDirectory
-from distdl.tasks import Batch, Task
+from distdl.tasks import Task
+from distdl.train.batches import Batches, Micro
 from distdl.train.resume import Identity
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
-
-
-@dataclass(frozen=True)
-class Micro:
-    """One collated microbatch: its number in the step, its tensors (on CPU), its count and weight."""
-
-    number: int
-    batch: Batch
-    count: int
-    weight: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class Session:
     console: RunConsole
     stop: StopFlag
     heartbeat: Heartbeat | None
-    batches: Prefetcher[list[Micro]]
+    batches: Batches
     eval_rows: Rows
     identity: Identity
     saved_step: int | None = None
@@ -155,43 +142,3 @@ def evaluation_due(plan: Plan, state: TrainState) -> bool:
     step, every = state.step, plan.eval_every
     due = step > 0 and (step >= plan.total_steps or (every is not None and step % every == 0))
     return due and state.evaluated_step < step
-
-
-def microbatch_maker(
-    recipe: Recipe, plan: Plan, task: Task, rows: Rows, rank: int
-) -> Callable[[int], list[Micro]]:
-    """The function that prepares this rank's microbatches of a step; the loader's thread calls it."""
-    seed, augment = recipe.train.seed, recipe.data.augment
-    order = Order(seed, plan.train_rows, recipe.data.shuffle)
-
-    def make(step: int) -> list[Micro]:
-        wanted = plan.microbatches_of(step, rank)
-        gathered = gather_microbatches(
-            rows,
-            order,
-            plan.epoch_of(step),
-            [(m.number, m.start, m.stop) for m in wanted],
-            seed,
-            step,
-            augment.flip,
-            augment.crop_padding,
-            task.image_field,
-        )
-        return [_micro(task, m.number, m.weight, r) for m, r in zip(wanted, gathered, strict=True)]
-
-    return make
-
-
-def _micro(task: Task, number: int, weight: int, rows: dict[str, np.ndarray[Any, Any]]) -> Micro:
-    batch = task.collate(rows)
-    return Micro(number, batch, _whole(task.count(batch)), weight)
-
-
-def _whole(count: Any) -> int:
-    try:
-        whole = operator.index(count)
-    except TypeError:
-        whole = -1
-    if whole < 0:
-        raise TypeError(f"task.count(batch) returned {count!r}: expected a whole number, 0 or more")
-    return whole

@@ -17,8 +17,8 @@ from torch.nn.parameter import is_lazy
 from distdl import __version__
 from distdl.comm import World, share_problem, together
 from distdl.comm.world import meet
-from distdl.data import Prefetcher, Prepared, describe, open_split
-from distdl.data.prepare import prepare
+from distdl.data import Feed, Rows, describe_data
+from distdl.data.feed import from_anywhere
 from distdl.engines import Engine, build_engine
 from distdl.errors import EnvironmentProblem, RecipeError, nearest
 from distdl.keys import key, seed_everything
@@ -29,9 +29,10 @@ from distdl.recipe import Recipe, mathematics, recipe_hash, to_yaml
 from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
+from distdl.train.batches import Batches
 from distdl.train.evaluate import measure
 from distdl.train.resume import Identity, Resumed, resume
-from distdl.train.session import Session, evaluation_due, microbatch_maker
+from distdl.train.session import Session, evaluation_due
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
 
@@ -57,16 +58,14 @@ def open_session(
     Raises on all ranks together where any of them fails. The session is at a step boundary.
     """
     recipe, plan, world = o.recipe, o.plan, o.world
-    prepared = prepare_data(recipe, world, o.topology)
-    task, engine = together(world, lambda: build(recipe, plan, world, o.topology, prepared.info))
-    identity = Identity(recipe_hash(recipe), mathematics(recipe), prepared.info.fingerprint)
+    feed = prepare_data(recipe, world, o.topology)
+    task, engine = together(world, lambda: build(recipe, plan, world, o.topology, feed.info))
+    identity = Identity(recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint)
     resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
     begun = together(world, lambda: _begin(o, resumed) if world.is_main else None)
     row, heartbeat = begun if begun else ({}, None)
     take_evaluation(o, resumed.state, world.from_main(row))
-    rows, eval_rows = together(
-        world, lambda: [open_split(prepared, s) for s in (recipe.data.train_split, recipe.data.eval_split)]
-    )
+    batches, eval_rows = together(world, lambda: open_data(o, feed, task))
     session = Session(
         recipe=recipe,
         plan=plan,
@@ -78,7 +77,7 @@ def open_session(
         console=RunConsole(plan.total_steps, quiet=quiet, terminal=terminal),
         stop=o.stop,
         heartbeat=heartbeat,
-        batches=Prefetcher(microbatch_maker(recipe, plan, task, rows, world.rank), plan.prefetch_steps),
+        batches=batches,
         eval_rows=eval_rows,
         identity=identity,
         saved_step=resumed.state.step if resumed.path else None,
@@ -95,7 +94,7 @@ def enter_world(recipe: Recipe, topology: Topology) -> tuple[World, Plan, DataIn
     """Collective. Plan, set threads and device, join the process group; errors are raised on all ranks."""
     problem: Exception | None = None
     try:
-        info = describe(recipe.data.name, recipe.data.path)
+        info = describe_data(recipe.data)
         plan = make_plan(recipe, topology, info)
         torch.set_num_threads(plan.threads)
         if plan.device == "cuda":
@@ -115,11 +114,17 @@ def enter_world(recipe: Recipe, topology: Topology) -> tuple[World, Plan, DataIn
     return world, plan, info
 
 
-def prepare_data(recipe: Recipe, world: World, topology: Topology) -> Prepared:
+def prepare_data(recipe: Recipe, world: World, topology: Topology) -> Feed:
     """Collective. One rank a node prepares the data, then all open them."""
-    name, path = recipe.data.name, recipe.data.path
-    together(world, lambda: prepare(name, path) if topology.local_rank == 0 else None)
-    return together(world, lambda: prepare(name, path))
+    together(world, lambda: Feed.open(recipe.data) if topology.local_rank == 0 else None)
+    return together(world, lambda: Feed.open(recipe.data))
+
+
+def open_data(o: Opening, feed: Feed, task: Task) -> tuple[Batches, Rows]:
+    """This rank's microbatches of the training rows, and the evaluation rows."""
+    rows, order = feed.rows(o.recipe.data.train_split), feed.order(o.recipe, o.plan)
+    eval_rows = feed.rows(o.recipe.data.eval_split)
+    return Batches(o.recipe, o.plan, task, rows, order, o.world.rank), eval_rows
 
 
 def build(
@@ -173,9 +178,7 @@ def _begin(o: Opening, resumed: Resumed) -> tuple[dict[str, Any], Heartbeat]:
 def _from_anywhere(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths: the copy in the run directory means the same from any folder."""
     run = recipe.run.model_copy(update={"dir": str(RunDirectory.of(recipe).path.absolute())})
-    path = recipe.data.path
-    data = recipe.data.model_copy(update={"path": path and str(Path(path).absolute())})
-    return recipe.model_copy(update={"run": run, "data": data})
+    return recipe.model_copy(update={"run": run, "data": from_anywhere(recipe.data)})
 
 
 def environment() -> dict[str, Any]:

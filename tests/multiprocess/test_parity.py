@@ -11,7 +11,7 @@ import torch
 
 from distdl.checkpoint.read import find_latest, load_tensors
 from distdl.comm import World
-from distdl.data import Order
+from distdl.data import Full
 from distdl.plan import DataInfo, make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
@@ -94,7 +94,7 @@ def test_world_size_does_not_change_the_run(size: int, alone: Any, tmp_path: Pat
 def test_every_step_trains_on_the_same_samples_at_any_world_size() -> None:
     recipe = recipe_for(Path("unused"))
     info = DataInfo("x", {"train": 1003, "test": 100}, {}, "f")
-    order = Order(recipe.train.seed, 1003, True)
+    order = Full(recipe.train.seed, 1003)
 
     def ids(size: int, step: int) -> list[int]:
         plan = make_plan(recipe, Topology.of(1, size), info)

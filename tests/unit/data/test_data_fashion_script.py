@@ -14,7 +14,7 @@ import pytest
 
 from distdl.data.arrow import open_split
 from distdl.data.info import describe
-from distdl.data.prepare import prepare
+from distdl.data.opening import ready
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = {
@@ -40,7 +40,8 @@ def idx(tmp_path: Path) -> Path:
 
 
 def _run(idx: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "fashion_mnist.py"), "full", "--idx", str(idx)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "fashion_mnist.py"), "--idx", str(idx)]
+    command += ["--per-class", "4", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, "--out", str(out)], env=environment, capture_output=True, text=True)
 
@@ -51,10 +52,10 @@ def test_the_converted_images_are_those_of_the_idx_files(
     done = _run(idx, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     info = describe(None, tmp_path / "out")
-    assert info.rows == {"train": 50, "test": 20}
+    assert info.rows == {"train": 40, "test": 20}
     assert info.fields == describe("fashion_mnist", None).fields
     monkeypatch.setenv("DISTDL_CACHE", str(tmp_path / "cache"))
-    rows = open_split(prepare(None, tmp_path / "out"), "test").gather(np.arange(20))
+    rows = open_split(ready(None, tmp_path / "out"), "test").gather(np.arange(20))
     assert np.array_equal(rows["image"], IMAGES["t10k"])
     assert np.array_equal(rows["label"], LABELS["t10k"])
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["test.parquet", "train.parquet"]
@@ -64,7 +65,7 @@ def test_the_same_input_gives_the_same_file(idx: Path, tmp_path: Path) -> None:
     for out in ("a", "b"):
         assert _run(idx, tmp_path / out).returncode == 0
     assert (tmp_path / "a" / "test.parquet").read_bytes() == (tmp_path / "b" / "test.parquet").read_bytes()
-    assert pq.read_metadata(tmp_path / "a" / "train.parquet").num_rows == 50
+    assert pq.read_metadata(tmp_path / "a" / "train.parquet").num_rows == 40
 
 
 def test_unfitting_files_end_in_one_clear_line(idx: Path, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data.order import MAX_ROWS, Order
+from distdl.data.order import MAX_ROWS, Full, Sequential
 
 
 @settings(max_examples=150, deadline=None)
 @given(rows=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6))
 def test_every_row_comes_exactly_once(rows: int, seed: int, epoch: int) -> None:
-    ids = Order(seed, rows, shuffle=True).ids(epoch, 0, rows)
+    ids = Full(seed, rows).ids(epoch, 0, rows)
     assert ids.dtype == np.int64
     assert np.array_equal(np.sort(ids), np.arange(rows))
 
@@ -26,7 +26,7 @@ def test_a_slice_is_that_part_of_the_whole(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 3000))
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
-    order = Order(5, rows, shuffle=True)
+    order = Full(5, rows)
     whole = order.ids(3, 0, rows)
     assert np.array_equal(order.ids(3, start, stop), whole[start:stop])
     backwards = np.arange(rows)[::-1]
@@ -34,7 +34,7 @@ def test_a_slice_is_that_part_of_the_whole(data: st.DataObject) -> None:
 
 
 def test_seeds_and_epochs_differ() -> None:
-    orders = [Order(seed, 2000, True).ids(epoch, 0, 2000) for seed in range(4) for epoch in range(4)]
+    orders = [Full(seed, 2000).ids(epoch, 0, 2000) for seed in range(4) for epoch in range(4)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
             # Two independent permutations agree at one place on average (Poisson).
@@ -42,7 +42,7 @@ def test_seeds_and_epochs_differ() -> None:
 
 
 def test_without_shuffle_it_is_the_order_of_the_file() -> None:
-    assert np.array_equal(Order(5, 100, shuffle=False).ids(7, 10, 20), np.arange(10, 20))
+    assert np.array_equal(Sequential(100).ids(7, 10, 20), np.arange(10, 20))
 
 
 def _chi_square(counts: np.ndarray) -> float:
@@ -56,7 +56,7 @@ def test_ids_are_spread_evenly_over_positions() -> None:
     rows, cells = 4099, 16
     counts = np.zeros((cells, cells))
     for epoch in range(40):
-        ids = Order(11, rows, True).ids(epoch, 0, rows)
+        ids = Full(11, rows).ids(epoch, 0, rows)
         np.add.at(counts, (np.arange(rows) * cells // rows, ids * cells // rows), 1)
     # Row and column sums are fixed, so the spread is a little below that of free cells.
     assert -5 < _chi_square(counts) < 4
@@ -66,7 +66,7 @@ def test_neighbours_in_the_order_are_unrelated_in_the_file() -> None:
     rows, cells = 4099, 64
     counts = np.zeros(cells)
     for epoch in range(40):
-        ids = Order(12, rows, True).ids(epoch, 0, rows)
+        ids = Full(12, rows).ids(epoch, 0, rows)
         np.add.at(counts, ((ids[1:] - ids[:-1]) % rows) * cells // rows, 1)
     assert abs(_chi_square(counts)) < 4
 
@@ -75,7 +75,7 @@ def test_neighbours_in_the_file_are_unrelated_in_the_order() -> None:
     rows, cells = 4099, 64
     counts = np.zeros(cells)
     for epoch in range(40):
-        places = np.argsort(Order(13, rows, True).ids(epoch, 0, rows))
+        places = np.argsort(Full(13, rows).ids(epoch, 0, rows))
         np.add.at(counts, ((places[1:] - places[:-1]) % rows) * cells // rows, 1)
     assert abs(_chi_square(counts)) < 4
 
@@ -83,7 +83,7 @@ def test_neighbours_in_the_file_are_unrelated_in_the_order() -> None:
 def test_successive_epochs_are_unrelated() -> None:
     rows, cells = 4099, 64
     counts = np.zeros(cells)
-    order = Order(14, rows, True)
+    order = Full(14, rows)
     for epoch in range(40):
         step = order.ids(epoch, 0, rows) - order.ids(epoch + 1, 0, rows)
         np.add.at(counts, (step % rows) * cells // rows, 1)
@@ -93,7 +93,7 @@ def test_successive_epochs_are_unrelated() -> None:
 def test_all_permutations_of_a_tiny_dataset_are_equally_frequent() -> None:
     seen: dict[tuple[int, ...], int] = {}
     for epoch in range(6000):
-        ids = tuple(Order(3, 5, True).ids(epoch, 0, 5).tolist())
+        ids = tuple(Full(3, 5).ids(epoch, 0, 5).tolist())
         seen[ids] = seen.get(ids, 0) + 1
     assert len(seen) == 120
     assert abs(_chi_square(np.array(list(seen.values())))) < 4
@@ -101,7 +101,7 @@ def test_all_permutations_of_a_tiny_dataset_are_equally_frequent() -> None:
 
 @pytest.mark.parametrize("rows", [10**9, 10**12 + 39, MAX_ROWS])
 def test_memory_does_not_grow_with_the_rows(rows: int) -> None:
-    order = Order(1, rows, True)
+    order = Full(1, rows)
     tracemalloc.start()
     ids = order.ids(0, rows - 1000, rows)
     peak = tracemalloc.get_traced_memory()[1]
@@ -114,13 +114,13 @@ def test_memory_does_not_grow_with_the_rows(rows: int) -> None:
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    assert Order(7, 1000, True).ids(0, 0, 8).tolist() == [238, 688, 293, 521, 19, 530, 555, 331]
-    assert Order(7, 10**9, True).ids(3, 10**8, 10**8 + 3).tolist() == [899257415, 819238812, 704635905]
+    assert Full(7, 1000).ids(0, 0, 8).tolist() == [238, 688, 293, 521, 19, 530, 555, 331]
+    assert Full(7, 10**9).ids(3, 10**8, 10**8 + 3).tolist() == [899257415, 819238812, 704635905]
 
 
 def test_positions_outside_the_epoch_are_refused() -> None:
     with pytest.raises(ValueError, match="positions 0 to 9"):
-        Order(1, 10, True).ids(0, 5, 11)
+        Full(1, 10).ids(0, 5, 11)
     with pytest.raises(ValueError, match="positions"):
-        Order(1, 10, False).ids(0, -1, 3)
-    assert Order(1, 0, True).ids(0, 0, 0).shape == (0,)
+        Sequential(10).ids(0, -1, 3)
+    assert Full(1, 0).ids(0, 0, 0).shape == (0,)

@@ -13,10 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distdl.data.catalogue import sources
+from distdl.data.catalogue import CATALOGUE, locate
+from distdl.data.folders import Splits, parquet_splits
 from distdl.data.info import describe
+from distdl.data.opening import ready
 from distdl.errors import DataError
 from distdl.plan import Field
+
+
+def sources(name: str | None, path: Path | None) -> Splits:
+    return parquet_splits(locate(name, path))
 
 
 def write(file: Path, rows: int = 3, start: int = 0) -> Path:
@@ -43,11 +49,27 @@ def test_the_embedded_images_are_small_and_licensed() -> None:
 
 def test_an_unknown_name_lists_the_near_and_the_known() -> None:
     with pytest.raises(
-        DataError, match=r"'fashion_mnits'.*did you mean 'fashion_mnist'.*Known names: fashion"
+        DataError, match=r"'fashion_mnits'.*did you mean 'fashion_mnist'.*Known names: ag_news"
     ):
         describe("fashion_mnits", None)
-    with pytest.raises(DataError, match="Known names: fashion_mnist"):
-        describe("cifar10", None)
+
+
+def test_a_name_that_is_not_prepared_gives_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTDL_DATA", str(tmp_path))
+    for name in ("cifar10", "somebody/something"):
+        with pytest.raises(DataError, match=rf"distdl data prepare {name} --out {tmp_path / name} "):
+            describe(name, None)
+    write(tmp_path / "cifar10" / "train.parquet")
+    assert describe("cifar10", None).rows == {"train": 3}
+
+
+def test_every_entry_of_the_catalogue_is_complete() -> None:
+    for name, entry in CATALOGUE.items():
+        assert entry.hub.count("/") == 1, name
+        assert entry.licence, name
+        assert entry.splits[0] == "train", name
 
 
 def test_exactly_one_of_name_and_path(tmp_path: Path) -> None:
@@ -100,7 +122,7 @@ def test_shards_of_two_writings_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_bad_folders_say_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere does not exist; expected a folder with train\*\.parquet"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; expected a folder made by"):
         sources(None, tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no Parquet files in .*looked for train\*.*found nothing"):
         sources(None, tmp_path)
@@ -154,7 +176,7 @@ def test_the_fingerprint_follows_the_bytes_and_not_the_place(tmp_path: Path) -> 
 
 def test_the_embedded_fingerprint_is_the_one_on_record() -> None:
     # It names the cache folder and is compared at every resume: a change breaks runs that exist.
-    assert describe("fashion_mnist", None).fingerprint == "17705357859c6e7b4fd7ea1fd4e13042"
+    assert describe("fashion_mnist", None).fingerprint == "c7825d86ea22abcc03b9ab02d6381eea"
 
 
 @pytest.mark.parametrize(
@@ -177,9 +199,79 @@ def test_class_labels_are_counted(tmp_path: Path) -> None:
 
 def test_importing_and_describing_needs_neither_torch_nor_datasets() -> None:
     code = (
-        "import sys, distdl.data, distdl.data.prepare, distdl.data.augment, distdl.data.idx\n"
+        "import sys, distdl.cli.data, distdl.data.augment\n"
         "distdl.data.describe('fashion_mnist', None)\n"
-        "print(sorted({'torch', 'datasets', 'pandas'} & set(sys.modules)))"
+        "print(sorted({'torch', 'datasets', 'pandas', 'tokenizers', 'PIL'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_fingerprint_reads_a_bounded_part_of_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"x": np.random.default_rng(0).integers(0, 2**60, 2_000_000)})
+    pq.write_table(table, tmp_path / "train.parquet", compression="none", use_dictionary=False)
+    assert (tmp_path / "train.parquet").stat().st_size > 15e6
+    read = []
+    plain = Path.open
+
+    def counting(self: Path, *arguments: object) -> object:
+        stream = plain(self, *arguments)  # type: ignore[call-overload]
+        whole = stream.read
+
+        def counted(size: int = -1) -> bytes:
+            data: bytes = whole(size)
+            read.append(len(data))
+            return data
+
+        stream = Counted(stream, counted)
+        return stream
+
+    class Counted:
+        def __init__(self, stream: object, read: object) -> None:
+            self.stream, self.read = stream, read
+            self.seek = stream.seek  # type: ignore[attr-defined]
+
+        def __enter__(self) -> Counted:
+            return self
+
+        def __exit__(self, *unused: object) -> None:
+            self.stream.close()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Path, "open", counting)
+    describe(None, tmp_path)
+    assert 64 * 4096 <= sum(read) < 500_000
+
+
+def test_a_save_to_disk_folder_is_used_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("DISTDL_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    saved = datasets.Dataset.from_dict({"id": list(range(10)), "word": [[1] * n for n in range(10)]})
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(
+        tmp_path / "two", num_shards={"train": 3, "test": 1}
+    )
+    datasets.enable_progress_bars()
+    assert describe(None, tmp_path / "one").rows == {"train": 10}
+    found = ready(None, tmp_path / "two")
+    assert found.split("train").rows == [4, 3, 3]
+    assert found.info.fields["word"] == Field("int64", (None,))
+    assert found.info == describe(None, tmp_path / "two")
+    assert not (tmp_path / "cache").exists()
+    first = found.info.fingerprint
+    shutil.copytree(tmp_path / "two", tmp_path / "moved")
+    assert describe(None, tmp_path / "moved").fingerprint == first
+    lost = tmp_path / "two" / "train" / "data-00001-of-00003.arrow"
+    data = bytearray(lost.read_bytes())
+    data[len(data) - 100] ^= 1
+    lost.write_bytes(data)
+    assert describe(None, tmp_path / "two").fingerprint != first
+    lost.write_bytes(data[:-40])
+    with pytest.raises(DataError, match=r"cannot read .*data-00001-of-00003\.arrow"):
+        describe(None, tmp_path / "two")
+    lost.unlink()
+    with pytest.raises(DataError, match=r"has lost data-00001-of-00003\.arrow"):
+        describe(None, tmp_path / "two")

@@ -80,7 +80,7 @@ def refusal(text: str = BASE, *overrides: str) -> str:
         (
             "name: fashion_mnist",
             "shuffle: true",
-            "x.yaml:3: data: give exactly one of name (a catalogue name) and path",
+            "x.yaml:3: data: give exactly one of name (a catalogue name), path (a folder) and mixture",
         ),
         ("{epochs: 5}", "5", "x.yaml:9: train = 5: expected a mapping (keys: epochs, max_steps"),
         ("{name: cnn5}", "cnn5", 'x.yaml:2: model = "cnn5": expected a mapping with a name (cnn5, or an'),
@@ -109,7 +109,11 @@ def test_file_line_key_value_and_what_is_allowed(old: str, new: str, message: st
         ("eval.patience=0", "expected a whole number of at least 1 or null"),
         ("eval.metric=", "eval.metric = null: expected a text that is not empty"),
         ("data.augment.flp=true", "data.augment.flp = true: unknown key; did you mean 'flip'? allowed: flip"),
-        ("data.augment=3", "data.augment = 3: expected a mapping (keys: flip, crop_padding)"),
+        (
+            "data.augment=3",
+            "data.augment = 3: expected a mapping (keys: flip, crop_padding, cutout, token_dropout, "
+            "token_dropout_id, jitter)",
+        ),
         ("lr=0.1", "override lr=0.1: lr = 0.1: unknown key; did you mean 'optim.lr'? allowed: task,"),
         ("train.lr=0.1", "did you mean 'optim.lr'?"),
         ("trian.epochs=3", "unknown key; did you mean 'train' or 'track'? allowed"),

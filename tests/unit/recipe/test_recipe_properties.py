@@ -135,6 +135,15 @@ CHANGES: dict[str, Any] = {
     "data.eval_split": "b",
     "data.shuffle": False,
     "data.drop_last": True,
+    "data.order": "block",
+    "data.block_window": 7,
+    "data.bucket_batches": 7,
+    "data.sequence": "tokens",
+    "data.transform": "my.module:function",
+    "data.augment.cutout": 4,
+    "data.augment.token_dropout": 0.1,
+    "data.augment.token_dropout_id": 3,
+    "data.augment.jitter": 0.1,
     "data.augment.flip": True,
     "data.augment.crop_padding": 2,
     "batch.global": 128,
@@ -158,6 +167,8 @@ CHANGES: dict[str, Any] = {
     "eval.patience": 2,
     "eval.min_delta": 0.1,
 }
+TOGETHER = {"data.mixture", "data.pack_length", "data.epoch_rows"}
+"""Keys that need another to change with them: tried in a test of their own."""
 FIXED = {"task.name", "model.name", "optim.name", "schedule.name", "train.reduction"}
 
 
@@ -170,7 +181,7 @@ def leaves(value: Any, path: str = "") -> Iterator[str]:
 
 
 def test_every_key_of_the_mathematics_is_tried() -> None:
-    assert set(leaves(mathematics(base()))) == set(CHANGES) | FIXED
+    assert set(leaves(mathematics(base()))) == set(CHANGES) | TOGETHER | FIXED
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -207,6 +218,17 @@ def test_the_place_of_the_data_does_not_enter_the_hash() -> None:
     assert recipe_hash(here) == recipe_hash(there) != recipe_hash(base())
 
 
+def test_keys_that_go_together_enter_the_hash() -> None:
+    packed = [base(data={"order": "packed", "pack_length": n}) for n in (32, 64)]
+    mixed = [
+        base(data={"name": None, "mixture": {"a": w, "b": 1 - w}, "epoch_rows": n})
+        for w, n in ((0.25, 10), (0.5, 10), (0.5, 20))
+    ]
+    assert len({recipe_hash(r) for r in [base(), *packed, *mixed]}) == 6
+    moved = base(data={"name": None, "mixture": {"/x/a": 0.5, "/x/b": 0.5}, "epoch_rows": 20})
+    assert recipe_hash(moved) == recipe_hash(mixed[-1])
+
+
 def test_the_hash_is_that_of_the_values_not_of_how_they_are_written() -> None:
     assert recipe_hash(base(optim={"lr": 1})) == recipe_hash(base(optim={"lr": 1.0}))
     assert recipe_hash(base(optim={"momentum": -0.0})) == recipe_hash(base())
@@ -216,7 +238,7 @@ def test_the_hash_is_that_of_the_values_not_of_how_they_are_written() -> None:
 
 def test_the_hash_stays_what_it_was() -> None:
     # Checkpoints name the hash: a change of it makes every earlier run another run.
-    assert recipe_hash(base()) == "3bd90e6d3ec63ec2"
+    assert recipe_hash(base()) == "9676c37791927afb"
 
 
 def test_differences_read_well() -> None:

@@ -1,4 +1,4 @@
-"""From positions to microbatches, and a background thread that makes the next ones meanwhile."""
+"""A background thread that makes the next steps while this one is used."""
 
 from __future__ import annotations
 
@@ -8,48 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
-import numpy as np
-
-from distdl.data.augment import augment
-from distdl.data.order import Order
-from distdl.data.rows import Batch, Rows
-from distdl.keys import key
-
 T = TypeVar("T")
-
-Share = list[tuple[int, int, int]]
-"""One rank's part of a step: (microbatch number in the step, start position, stop position in the epoch)."""
-
-
-def gather_microbatches(
-    rows: Rows,
-    order: Order,
-    epoch: int,
-    share: Share,
-    seed: int,
-    step: int,
-    flip: bool,
-    crop_padding: int,
-    image_field: str | None,
-) -> list[Batch]:
-    """The microbatches of `share`, in its order: one gather for all of them, then augmentation of each.
-
-    Each is {column: [rows of the microbatch, *row shape]}. `image_field` names the column to augment (None:
-    no column), by a key of (seed, step, microbatch) alone. Pure: any rank, in any thread, gets the same.
-    """
-    if not share:
-        return []
-    positions = np.concatenate([np.arange(start, stop, dtype=np.int64) for _, start, stop in share])
-    gathered = rows.gather(order.at(epoch, positions))
-    ends = np.cumsum([stop - start for _, start, stop in share])
-    microbatches = []
-    for (number, start, stop), end in zip(share, ends, strict=True):
-        batch = {name: column[end - (stop - start) : end] for name, column in gathered.items()}
-        if image_field is not None:
-            chosen = key(seed, "augment", step, number)
-            batch[image_field] = augment(batch[image_field], flip, crop_padding, chosen)
-        microbatches.append(batch)
-    return microbatches
 
 
 class Prefetcher(Generic[T]):

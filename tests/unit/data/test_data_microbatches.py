@@ -8,20 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.data.augment import augment
-from distdl.data.loader import Prefetcher, Share, gather_microbatches
-from distdl.data.order import Order
+from distdl.data.augment import Augmentation
+from distdl.data.microbatches import Share, gather_microbatches
+from distdl.data.order import Full
+from distdl.data.prefetch import Prefetcher
 from distdl.data.rows import ArrayRows, Batch
 from distdl.keys import key
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (500, 8, 8), dtype=np.uint8)
 ROWS = ArrayRows({"image": IMAGES, "label": np.arange(500)})
-ORDER = Order(7, 500, shuffle=True)
+ORDER = Full(7, 500)
+CHANGE = Augmentation(flip=True, crop_padding=2)
 STEP: Share = [(0, 100, 132), (1, 132, 164), (2, 164, 196), (3, 196, 201)]
 
 
 def gather(share: Share, rows: ArrayRows = ROWS, image: str | None = "image") -> list[Batch]:
-    return gather_microbatches(rows, ORDER, 2, share, 7, 9, True, 2, image)
+    return gather_microbatches(rows, ORDER, 2, share, 7, 9, CHANGE.on(image) if image else None)
 
 
 def test_microbatches_hold_the_rows_of_their_positions() -> None:
@@ -34,7 +36,7 @@ def test_microbatches_hold_the_rows_of_their_positions() -> None:
 def test_augmentation_is_keyed_by_seed_step_and_microbatch() -> None:
     plain = gather(STEP, image=None)
     for number, batch in enumerate(gather(STEP)):
-        expected = augment(plain[number]["image"], True, 2, key(7, "augment", 9, number))
+        expected = CHANGE(plain[number]["image"], key(7, "augment", 9, number))
         assert np.array_equal(batch["image"], expected)
         assert not np.array_equal(batch["image"], plain[number]["image"])
 

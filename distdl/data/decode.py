@@ -1,0 +1,58 @@
+"""Encoded images (PNG, JPEG, ...) -> arrays. The one file that imports PIL, when there is an image."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distdl.errors import DataError, EnvironmentProblem
+
+GREY = ("1", "L", "I", "I;16", "LA", "F")
+"""PIL's modes that are kept as one channel, uint8 [H, W]; every other becomes RGB, [H, W, 3]."""
+
+
+def is_grey(data: bytes, where: str) -> bool:
+    """Whether an encoded image has one channel of colour; reads its head only. Raises DataError."""
+    with _open(data, where) as image:
+        return image.mode in GREY
+
+
+def decode_image(
+    data: bytes, where: str, *, grey: bool, size: tuple[int, int] | None = None
+) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W] (`grey`) or [H, W, 3], resized to `size` (height, width; bilinear with antialiasing).
+
+    `where` names the row in errors. Raises DataError for bytes that are no image, or a coloured one among
+    grey ones; EnvironmentProblem where pillow is not installed.
+    """
+    with _open(data, where) as image:
+        if grey and image.mode not in GREY:
+            raise DataError(
+                f"{where} is an image of mode {image.mode}, and those before it are grey; convert the "
+                "images to one mode first"
+            )
+        try:
+            if image.mode == "I;16":  # PIL's own conversion clips 16 bits to 255
+                image = image.point(lambda value: value / 256).convert("L")
+            plain = image.convert("L" if grey else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{where} is a damaged image: {error}") from error
+        if size is not None and plain.size != (size[1], size[0]):
+            from PIL import Image
+
+            plain = plain.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(plain, dtype=np.uint8)
+
+
+def _open(data: bytes, where: str) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise EnvironmentProblem("images need pillow: pip install pillow") from error
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where} is not an image that PIL can read: {error}") from error

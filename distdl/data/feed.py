@@ -1,0 +1,153 @@
+"""`Feed`: the `data` section of a recipe, opened: rows to train on and to evaluate on, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from distdl.data.arrow import open_split
+from distdl.data.info import describe
+from distdl.data.opening import Ready, ready
+from distdl.data.order import Order, make_order
+from distdl.data.rows import Rows
+from distdl.data.views import Concatenated, Packed
+from distdl.errors import DataError
+from distdl.plan import DataInfo, Field, Plan
+
+if TYPE_CHECKING:
+    from distdl.recipe.schema import Data, Recipe
+
+
+def describe_data(data: Data) -> DataInfo:
+    """What the plan needs to know of what `data` names. Imports no torch; reads indexes alone. DataError."""
+    return merge([describe(name, path) for name, path in named(data)])
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The datasets of a recipe, ready to be read; of a mixture, several."""
+
+    data: Data
+    parts: Sequence[Ready]
+
+    @classmethod
+    def open(cls, data: Data) -> Feed:
+        """Prepare what needs it, and open. Any process may call it, alone. Raises DataError."""
+        return cls(data, [ready(name, path) for name, path in named(data)])
+
+    @property
+    def info(self) -> DataInfo:
+        """What it is, from the indexes."""
+        return merge([part.info for part in self.parts])
+
+    def rows(self, split: str) -> Rows:
+        """The rows of `split`: those of all parts that have it, end to end; packed if the recipe says so."""
+        parts = [part for part in self.parts if split in part.info.rows]
+        tables = [open_split(part, split) for part in parts or self.parts]
+        rows: Rows = tables[0] if len(tables) == 1 else Concatenated(tables)
+        if self.data.order != "packed":
+            return rows
+        return self._packed(rows, split)
+
+    def order(self, recipe: Recipe, plan: Plan) -> Order:
+        """The order of the training rows that the plan settled."""
+        split = recipe.data.train_split
+        files = self.parts[0].split(split)
+        bucketed, packed = plan.order == "length_bucketed", plan.order == "packed"
+        if bucketed and plan.sequence not in files.offsets:
+            raise DataError(
+                f"data.order = 'length_bucketed' needs the lengths of column {plan.sequence!r}, which only a "
+                f"prepared dataset stores: run `distdl data prepare` on {self.parts[0].folder}"
+            )
+        weights = list((self.data.mixture or {}).values())
+        return make_order(
+            "full" if packed else plan.order,
+            seed=recipe.train.seed,
+            rows=plan.train_rows,
+            batch=plan.global_batch,
+            shard_rows=files.rows,
+            offsets=load_offsets(files.offsets[plan.sequence or ""]) if bucketed else None,
+            window=self.data.block_window,
+            window_batches=self.data.bucket_batches,
+            shuffle=self.data.shuffle,
+            parts=[part.info.rows[split] for part in self.parts if split in part.info.rows],
+            weights=weights,
+            epoch_rows=plan.train_rows if weights else None,
+        )
+
+    def _packed(self, rows: Rows, split: str) -> Rows:
+        files = self.parts[0].split(split)
+        column = self.data.sequence or next(n for n in self.info.elements[split])
+        assert self.data.pack_length is not None, "the recipe says how long"
+        return Packed(rows, column, load_offsets(files.offsets[column]), self.data.pack_length)
+
+
+def named(data: Data) -> list[tuple[str | None, str | None]]:
+    """(catalogue name, path) of each dataset that `data` names, one of the two None."""
+    if data.mixture is None:
+        return [(data.name, data.path)]
+    return [(None, one) if is_path(one) else (one, None) for one in data.mixture]
+
+
+def is_path(source: str) -> bool:
+    """A mixture's key is a path where it has a separator or exists; else it is a catalogue name."""
+    return "/" in source or Path(source).expanduser().exists()
+
+
+def from_anywhere(data: Data) -> Data:
+    """The same data by absolute paths; URLs and catalogue names stand as they are."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    mixture = data.mixture and {absolute(s) if is_path(s) else s: w for s, w in data.mixture.items()}
+    return data.model_copy(update={"path": data.path and absolute(data.path), "mixture": mixture})
+
+
+def load_offsets(file: Path) -> npt.NDArray[np.int64]:
+    found: npt.NDArray[np.int64] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return found
+
+
+def merge(parts: Sequence[DataInfo]) -> DataInfo:
+    """Several datasets as one. Raises DataError where their columns differ."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        raise DataError("data.mixture names no dataset; give each with its share, such as {a: 0.5, b: 0.5}")
+    first = parts[0]
+    for other in parts[1:]:
+        _check_same(first, other)
+    splits = sorted({split for part in parts for split in part.rows})
+    whole = xxhash.xxh3_128(" ".join(part.fingerprint for part in parts).encode())
+    return DataInfo(
+        name=" + ".join(part.name for part in parts),
+        rows={split: sum(part.rows.get(split, 0) for part in parts) for split in splits},
+        fields=first.fields,
+        fingerprint=whole.hexdigest(),
+        remote=any(part.remote for part in parts),
+    )
+
+
+def _check_same(first: DataInfo, other: DataInfo) -> None:
+    for name in sorted({*first.fields, *other.fields}):
+        a, b = _words(first.fields, name), _words(other.fields, name)
+        if a != b:
+            raise DataError(
+                f"data.mixture: column {name!r} is {a} in {first.name!r} and {b} in {other.name!r}; the "
+                "datasets of a mixture need the same columns: prepare them with --columns, --rename"
+            )
+
+
+def _words(fields: Mapping[str, Field], name: str) -> str:
+    found = fields.get(name)
+    if found is None:
+        return "missing"
+    shape = "".join(f"[{'varying' if n is None else n}]" for n in found.shape)
+    return f"{found.dtype}{shape}" + (f" of {found.num_classes} classes" if found.num_classes else "")

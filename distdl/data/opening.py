@@ -1,0 +1,116 @@
+"""From a dataset's name or path to files that can be mapped into memory: what training opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from distdl.data.catalogue import locate, title
+from distdl.data.folders import parquet_splits
+from distdl.data.index import INDEX_FILE, Index, SplitFiles, read_index, resolve
+from distdl.data.info import info_of
+from distdl.data.options import Options
+from distdl.data.prepare import prepare
+from distdl.data.readers import source_of
+from distdl.data.saved import is_saved, saved_splits
+from distdl.errors import DataError, nearest
+from distdl.plan import DataInfo
+
+CACHE_VARIABLE = "DISTDL_CACHE"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A dataset whose splits are Arrow files. `index` is None for a folder that distdl did not prepare."""
+
+    info: DataInfo
+    folder: Path
+    index: Index | None
+    in_place: Mapping[str, SplitFiles]
+
+    def split(self, name: str) -> SplitFiles:
+        """The files of one split. Raises DataError where it does not exist or is empty, and, naming it, for
+        a local file that is missing or has another size than the index says."""
+        if name not in self.info.rows:
+            raise DataError(
+                f"dataset {self.info.name!r} has no split {name!r}{nearest(name, self.info.rows) or '.'} "
+                f"Its splits: {', '.join(sorted(self.info.rows))}."
+            )
+        if not self.info.rows[name]:
+            raise DataError(f"split {name!r} of {self.folder} has no rows")
+        if self.index is None:
+            return self.in_place[name]
+        split = self.index.splits[name]
+        folder = self.folder.absolute()
+        shards = [s for s in split.shards if s.rows]
+        for part in (*shards, *split.offsets.values()):
+            _check_size(resolve(folder, part.file), part.bytes, self.folder)
+        return SplitFiles(
+            files=[resolve(folder, shard.file) for shard in shards],
+            rows=[shard.rows for shard in shards],
+            offsets={column: Path(resolve(folder, o.file)) for column, o in split.offsets.items()},
+        )
+
+
+def ready(name: str | None, path: str | Path | None) -> Ready:
+    """Open the dataset `name` or `path`. Any process may call it, alone.
+
+    A prepared dataset and a `save_to_disk` folder are used where they are. Parquet is turned into a prepared
+    dataset once, in the cache; processes that need it at the same moment wait for the one that does it.
+    Raises DataError, also for a full disk; EnvironmentProblem for a cache that cannot be written.
+    """
+    folder = locate(name, path)
+    if (folder / INDEX_FILE).is_file():
+        index = read_index(folder)
+        return Ready(index.info(), folder, index, {})
+    if is_saved(folder):
+        files = saved_splits(folder)
+        source = source_of(files, "arrow")
+        in_place = {
+            split: SplitFiles([str(Path(p.path).absolute()) for p in found], [p.rows for p in found], {})
+            for split, found in source.splits.items()
+        }
+        return Ready(info_of(source, files, title(name, path)), folder, None, in_place)
+    files = parquet_splits(folder)
+    info = info_of(source_of(files, "parquet"), files, title(name, path))
+    cached = cache_folder(os.environ) / "datasets" / info.fingerprint
+    if not (cached / INDEX_FILE).is_file():
+        options = Options(decode=False, workers=1, wait=True, name=info.name)
+        prepare(str(folder), cached, options, source=source_of(files, "parquet"))
+    return Ready(info, cached, _cached_index(cached, info), {})
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """The folder for everything that can be made again: `$DISTDL_CACHE`, or ~/.cache/distdl."""
+    given = environ.get(CACHE_VARIABLE)
+    return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "distdl"
+
+
+def _cached_index(folder: Path, info: DataInfo) -> Index:
+    index = read_index(folder)
+    rows = {split: found.rows for split, found in index.splits.items()}
+    if rows != dict(info.rows):
+        raise DataError(
+            f"the prepared dataset {folder} has rows {rows}, and its source {dict(info.rows)}. Delete that "
+            "folder, and it is prepared again."
+        )
+    return index
+
+
+def _check_size(path: str, expected: int, folder: Path) -> None:
+    if "://" in path:
+        return
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise DataError(
+            f"{folder / INDEX_FILE} names {path}, which cannot be read: {error.strerror or error}. "
+            f"`distdl data verify {folder}` lists all that is wrong; prepare the dataset again."
+        ) from error
+    if size != expected:
+        raise DataError(
+            f"{path} has {size} bytes, and {folder / INDEX_FILE} says {expected}. `distdl data verify "
+            f"{folder}` lists all that is wrong; prepare the dataset again."
+        )

@@ -1,0 +1,149 @@
+"""This rank's microbatches, a step at a time: gathered, transformed, augmented, collated, ahead of need."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from distdl.data import Order, Prefetcher, Rows, Workers
+from distdl.data.augment import Augmentation, TokenDropout
+from distdl.data.microbatches import Transform, collect_microbatches, gather_microbatches, submit_microbatches
+from distdl.data.rows import Batch as Columns
+from distdl.errors import RecipeError
+from distdl.imports import import_attribute
+from distdl.plan import Plan
+from distdl.recipe import Recipe
+from distdl.tasks import Batch, Task
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One collated microbatch: its number in the step, its tensors (on CPU), its count and weight."""
+
+    number: int
+    batch: Batch
+    count: int
+    weight: int
+
+
+class Batches:
+    """Microbatches of one step after another. Call `get` and `close` from one thread."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, task: Task, rows: Rows, order: Order, rank: int) -> None:
+        """Raises RecipeError for augmentations that the task's data cannot have, DataError for a transform
+        that worker processes cannot import.
+        """
+        self._plan, self._task, self._rows, self._order, self._rank = plan, task, rows, order, rank
+        self._seed = recipe.train.seed
+        self._augment = augmentation(recipe, plan, task)
+        self._transform = transform_of(recipe)
+        count = recipe.hardware.workers
+        self._workers = Workers(rows, self._transform, count) if count and self._transform else None
+        self._sent: dict[int, list[Future[Columns]]] = {}
+        self._ahead = max(plan.prefetch_steps, 1)
+        self._prefetcher = Prefetcher(self._make, plan.prefetch_steps)
+
+    def get(self, step: int) -> list[Micro]:
+        """This rank's microbatches of step number `step`; waits for them, and raises what making them raised."""
+        return self._prefetcher.get(step)
+
+    def close(self) -> None:
+        """End the thread and the worker processes. May be called again."""
+        if self._workers is not None:
+            self._workers.close()
+        self._prefetcher.close()
+
+    def _make(self, step: int) -> list[Micro]:
+        wanted = self._plan.microbatches_of(step, self._rank)
+        found = self._from_workers(step) if self._workers else self._gather(step)
+        batches = [self._task.collate(rows) for rows in found]
+        return [
+            Micro(m.number, batch, whole_count(self._task.count(batch)), m.weight)
+            for m, batch in zip(wanted, batches, strict=True)
+        ]
+
+    def _share(self, step: int) -> list[tuple[int, int, int]]:
+        return [(m.number, m.start, m.stop) for m in self._plan.microbatches_of(step, self._rank)]
+
+    def _gather(self, step: int) -> list[Columns]:
+        return gather_microbatches(
+            self._rows,
+            self._order,
+            self._plan.epoch_of(step),
+            self._share(step),
+            self._seed,
+            step,
+            self._augment,
+            self._transform,
+        )
+
+    def _from_workers(self, step: int) -> list[Columns]:
+        """Steps ahead are handed out before this one is waited for, so that the workers are never idle."""
+        assert self._workers is not None
+        self._sent = {n: futures for n, futures in self._sent.items() if n >= step}
+        for n in range(step, min(step + self._ahead, self._plan.total_steps - 1) + 1):
+            if n not in self._sent:
+                epoch, share = self._plan.epoch_of(n), self._share(n)
+                self._sent[n] = list(
+                    submit_microbatches(self._workers, self._order, epoch, share, self._seed, n)
+                )
+        return collect_microbatches(self._sent.pop(step), self._share(step), self._seed, step, self._augment)
+
+
+def transform_of(recipe: Recipe) -> Transform | None:
+    """The user's function that `data.transform` names."""
+    path = recipe.data.transform
+    if path is None:
+        return None
+    found: Transform = import_attribute(path, "data.transform")
+    return found
+
+
+def augmentation(recipe: Recipe, plan: Plan, task: Task) -> Transform | None:
+    """All of `data.augment` as one function of (columns, key); None where there is nothing to do.
+
+    Raises RecipeError for augmentations of images without an image column, or of a sequence without one.
+    """
+    a = recipe.data.augment
+    changes: list[Callable[[Any, int], Any]] = []
+    if a.flip or a.crop_padding or a.cutout:
+        column = _column(
+            "flip, crop_padding or cutout", task.image_field, "an image column (task.image_field)"
+        )
+        changes.append(Augmentation(flip=a.flip, crop_padding=a.crop_padding, cutout=a.cutout).on(column))
+    if a.token_dropout:
+        column = _column("token_dropout", plan.sequence, "a sequence column (data.sequence)")
+        dropout = TokenDropout(a.token_dropout, a.token_dropout_id)
+        changes.append(Augmentation(token_dropout=dropout).on(column))
+    if a.jitter:
+        column = _column("jitter", plan.sequence, "a sequence column (data.sequence)")
+        changes.append(Augmentation(jitter=a.jitter).on(column))
+    if not changes:
+        return None
+
+    def augment(batch: Columns, key: int) -> Columns:
+        for change in changes:
+            batch = change(batch, key)
+        return batch
+
+    return augment
+
+
+def _column(what: str, found: str | None, needed: str) -> str:
+    if found is None:
+        raise RecipeError(f"data.augment: {what} needs {needed}, and this task and its data have none")
+    return found
+
+
+def whole_count(count: Any) -> int:
+    """What a task's `count` returned, checked. Raises TypeError for anything but a whole number from 0."""
+    try:
+        whole = operator.index(count)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise TypeError(f"task.count(batch) returned {count!r}: expected a whole number, 0 or more")
+    return whole

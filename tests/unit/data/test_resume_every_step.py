@@ -1,0 +1,139 @@
+"""Stop after any step, go on from the saved state: the ids that are left are those of the calm run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from distdl.data import ArrayRows, Loader, loader
+from distdl.errors import DataError
+
+ROWS = ArrayRows({"id": np.arange(61, dtype=np.int64)})
+OFFSETS = np.concatenate([[0], np.cumsum(np.random.default_rng(1).integers(0, 9, 61))])
+ORDERS = {
+    "full": {},
+    "block": {"shard_rows": [20, 0, 41], "window": 11},
+    "sequential": {},
+    "length_bucketed": {"offsets": OFFSETS, "window_batches": 3, "batch": 8},
+    "weighted": {"parts": [30, 31], "weights": [0.25, 0.75]},
+}
+
+
+def world(kind: str, size: int, batch: int = 8, prefetch: int = 0, seed: int = 3) -> list[Loader]:
+    return [
+        loader(ROWS, batch, order=kind, order_options=ORDERS[kind], seed=seed, rank=r, world_size=size,
+               prefetch=prefetch)
+        for r in range(size)
+    ]  # fmt: skip
+
+
+def run(ranks: list[Loader], steps: int) -> list[int]:
+    """The ids of the next steps, over as many epochs as that takes."""
+    found: list[int] = []
+    while steps:
+        taken = 0
+        for batches in zip(*ranks, strict=True):
+            found += [i for batch in batches for i in batch["id"].tolist()]
+            taken += 1
+            if taken == steps:
+                break
+        steps -= taken
+    return found
+
+
+def load(ranks: list[Loader], state: str) -> list[Loader]:
+    for rank in ranks:
+        rank.load_state_dict(json.loads(state))
+    return ranks
+
+
+@pytest.mark.parametrize("kind", list(ORDERS))
+def test_resume_at_every_step_twice_and_on_other_ranks(kind: str) -> None:
+    calm = run(world(kind, 1), 16)
+    for stop in range(1, 12):
+        first = world(kind, 2, prefetch=2 * (stop % 2))
+        ids = run(first, stop)
+        for size in (1, 3, 2):
+            state = json.dumps(first[0].state_dict())
+            assert all(json.dumps(r.state_dict()) == state for r in first)
+            assert len(state) < 1000
+            for rank in first:
+                rank.close()
+            first = load(world(kind, size, prefetch=2 * (stop % 2)), state)
+            ids += run(first, 1)
+        ids += run(first, 16 - stop - 3)
+        for rank in first:
+            rank.close()
+        assert ids == calm, f"stopped after step {stop}"
+
+
+def test_another_batch_size_goes_on_at_the_same_sample() -> None:
+    calm = run(world("full", 1), 8)
+    for batch in (1, 5, 64):
+        first = world("full", 1)
+        ids = run(first, 3)
+        (second,) = load(world("full", 1, batch=batch), json.dumps(first[0].state_dict()))
+        assert second.remaining == -(-(61 - 24) // batch)
+        ids += [i for b in second for i in b["id"].tolist()]
+        assert ids == calm
+
+
+def test_a_state_counts_what_was_handed_out_and_nothing_prefetched() -> None:
+    with loader(ROWS, 8, prefetch=5) as batches:
+        assert batches.state_dict()["samples"] == 0
+        for number, _ in enumerate(batches, 1):
+            assert batches.state_dict()["samples"] == min(8 * number, 61)
+            assert batches.epoch == 0
+        assert (batches.epoch, batches.samples) == (1, 0)
+
+
+def test_a_state_after_the_last_batch_leaves_an_empty_rest() -> None:
+    first = world("full", 1)
+    run(first, 8)
+    state = json.dumps(first[0].state_dict())
+    (again,) = load(world("full", 1), state)
+    assert list(again) == []
+    assert again.epoch == 1
+    assert len(list(again)) == 8
+
+
+def test_load_state_discards_what_was_prefetched() -> None:
+    with loader(ROWS, 8, prefetch=3) as batches:
+        state = batches.state_dict()
+        once = run([batches], 3)
+        batches.load_state_dict(state)
+        assert run([batches], 3) == once
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (loader(ROWS, 8, seed=4), "another seed"),
+        (loader(ArrayRows({"id": np.arange(60)}), 8, seed=3), "another number of rows"),
+        (loader(ROWS, 8, seed=3, order="sequential"), "another order"),
+    ],
+)
+def test_other_data_seeds_and_orders_are_refused(other: Loader, words: str) -> None:
+    state = world("full", 1)[0].state_dict()
+    with pytest.raises(DataError, match=words):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [{"format": 9}, {"samples": -1}, {"epoch": "1"}, {"samples": 62}])
+def test_damaged_states_are_refused(change: dict[str, object]) -> None:
+    (it,) = world("full", 1)
+    with pytest.raises(DataError):
+        it.load_state_dict(it.state_dict() | change)
+
+
+def test_a_bucketed_order_keeps_its_own_batch() -> None:
+    (first,) = world("length_bucketed", 1)
+    state = first.state_dict()
+    other = dict(ORDERS["length_bucketed"], batch=16)
+    with pytest.raises(DataError, match="order_options"):
+        loader(ROWS, 16, order="length_bucketed", order_options=other, seed=3).load_state_dict(state)
+    loader(
+        ROWS, 16, order="length_bucketed", order_options=ORDERS["length_bucketed"], seed=3
+    ).load_state_dict(state)
