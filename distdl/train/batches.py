@@ -47,7 +47,7 @@ class Batches:
         self._prefetcher = Prefetcher(self._make, plan.prefetch_steps)
 
     def get(self, step: int) -> list[Micro]:
-        """This rank's microbatches of step number `step`; waits for them, and raises what making them raised."""
+        """This rank's microbatches of step number `step`; waits, and raises what making them raised."""
         return self._prefetcher.get(step)
 
     def close(self) -> None:
