@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from distdl.data.memory import Int64, allocate_plain, span_index, take_rows, take_spans
-from distdl.data.ragged import Allocate, Ragged
+from distdl.data.memory import Int64, allocate_plain, take_rows, take_spans
+from distdl.data.ragged import Allocate, Ragged, span_index
 
 Values = npt.NDArray[Any] | Ragged
 

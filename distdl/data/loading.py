@@ -15,14 +15,19 @@ from distdl.data.microbatches import Transform, transformed
 from distdl.data.order import Order, make_order
 from distdl.data.position import FORMAT, Steps, describe_order, read_state
 from distdl.data.prefetch import Prefetcher
+from distdl.data.ragged import Ragged
 from distdl.data.rows import Batch, Rows
-from distdl.data.tensors import Pad, Pinned, to_tensors
+from distdl.data.tensors import Pad, Pinned, to_tensor_parts, to_tensors
 from distdl.data.workers import Workers
 from distdl.errors import DataError
 from distdl.keys import key
 
-_ORDERED_AT_ONCE = 4096
+_ORDERED_AT_ONCE = 32768
 """Positions whose ids are computed in one go: the order costs a fixed time a call, too."""
+
+_GATHERED_AT_ONCE = 4096
+_GATHERED_BYTES = 8 * 2**20
+"""Rows, and bytes, that are gathered in one go, for the same reason. The batches are views of the result."""
 
 Tensors = dict[str, Any]
 """{column: torch.Tensor}; for strings and bytes, {column: list}."""
@@ -40,7 +45,7 @@ def loader(
     drop_last: bool = False,
     transform: Transform | None = None,
     workers: int = 0,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     pin_memory: bool = False,
     pad: Pad = 0,
 ) -> Loader:
@@ -59,6 +64,8 @@ def loader(
     Raises DataError for arguments that do not fit together or do not fit the data.
     """
     rank, world_size = _place_in_world(rank, world_size)
+    if prefetch is None:
+        prefetch = 2 if workers or _cuda() else 0
     _check_numbers(batch_size, workers, prefetch)
     if isinstance(order, str):
         order = _order(dataset, order, batch_size, seed, dict(order_options or {}))
@@ -107,6 +114,9 @@ class Loader:
         self._steps = steps
         self._epoch, self._samples, self._number = 0, 0, 0
         self._ids: tuple[int, dict[int, npt.NDArray[np.int64]]] = (-1, {})
+        self._ordering: Prefetcher[dict[int, npt.NDArray[np.int64]]] | None = None
+        self._gathered: dict[int, Tensors] = {}
+        self._row_bytes = 0
 
     def __len__(self) -> int:
         """Steps of a whole epoch, the same on every rank."""
@@ -183,6 +193,7 @@ class Loader:
     def _stand(self, steps: Steps) -> None:
         self._steps, self._epoch, self._samples, self._number = steps, steps.epoch, steps.samples, 0
         self._ids = (-1, {})
+        self._gathered = {}
 
     def _stop(self) -> None:
         for prefetcher in (self._ahead, self._sent):
@@ -204,10 +215,32 @@ class Loader:
         pinned = Pinned() if self._pin and _cuda() else None
         if self._sent is not None:
             return to_tensors(self._sent.get(number).result(), self._pad, pinned)
-        batch = self._rows.gather(self._ids_of(number), pinned if self._transform is None else None)
-        if self._transform is not None:
-            batch = transformed(self._transform, batch, self._key(number))
-        return to_tensors(batch, self._pad, pinned)
+        if pinned is not None and self._transform is None:
+            return to_tensors(self._rows.gather(self._ids_of(number), pinned), self._pad, pinned)
+        if self._transform is None:
+            return self._gather(number)
+        batch = self._rows.gather(self._ids_of(number))
+        return to_tensors(transformed(self._transform, batch, self._key(number)), self._pad, pinned)
+
+    def _gather(self, number: int) -> Tensors:
+        """The batch of step `number`. Where batches are small, those after it in the epoch are made too."""
+        if number not in self._gathered:
+            ids = self._together(number)
+            ends = np.cumsum([len(part) for part in ids]).tolist()
+            whole = self._rows.gather(np.concatenate(ids))
+            self._row_bytes = _bytes(whole) // max(1, ends[-1])
+            self._gathered = dict(enumerate(to_tensor_parts(whole, ends, self._pad), number))
+        return self._gathered.pop(number)
+
+    def _together(self, number: int) -> list[npt.NDArray[np.int64]]:
+        """Ids of step `number` and of those that are best gathered with it."""
+        epoch, ids = self._steps.mine(number)[0], [self._ids_of(number)]
+        rows = min(_GATHERED_AT_ONCE, _GATHERED_BYTES // self._row_bytes) if self._row_bytes else 0
+        for after in range(number + 1, number + max(1, rows // max(1, len(ids[0])))):
+            if self._steps.mine(after)[0] != epoch:
+                break
+            ids.append(self._ids_of(after))
+        return ids
 
     def _submit(self, number: int) -> Future[Batch]:
         assert self._pool is not None
@@ -224,7 +257,11 @@ class Loader:
         together = max(1, min(_ORDERED_AT_ONCE * steps.world_size // steps.batch, steps.per_epoch))
         chunk = number // together
         if self._ids[0] != chunk:
-            self._ids = chunk, self._ordered(range(chunk * together, (chunk + 1) * together))
+            if self._ordering is None:
+                self._ordering = Prefetcher(
+                    lambda c: self._ordered(range(c * together, (c + 1) * together)), 1
+                )
+            self._ids = chunk, self._ordering.get(chunk)
         return self._ids[1][number]
 
     def _ordered(self, numbers: range) -> dict[int, npt.NDArray[np.int64]]:
@@ -233,9 +270,10 @@ class Loader:
         for epoch in sorted({part[1] for part in parts}):
             own = [(n, start, stop) for n, e, start, stop in parts if e == epoch]
             positions = np.concatenate([np.arange(a, b, dtype=np.int64) for _, a, b in own])
-            ends = np.cumsum([b - a for _, a, b in own])[:-1]
-            pieces = np.split(self._order.at(epoch, positions), ends)
-            found.update({n: ids for (n, _, _), ids in zip(own, pieces, strict=True)})
+            ids, at = self._order.at(epoch, positions), 0
+            for n, start, stop in own:
+                found[n] = ids[at : at + stop - start]
+                at += stop - start
         return found
 
 
@@ -287,6 +325,14 @@ def _place_in_world(rank: int | None, world_size: int | None) -> tuple[int, int]
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise DataError(f"rank is {rank} and world_size {world_size}; give both, with 0 <= rank < world_size")
     return rank, world_size
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(_held(column) for column in batch.values())
+
+
+def _held(column: npt.NDArray[Any] | Ragged) -> int:
+    return _held(column.values) + column.lengths.nbytes if isinstance(column, Ragged) else column.nbytes
 
 
 def _cuda() -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distdl.data.ragged import Allocate
+from distdl.data.ragged import Allocate, span_index
 
 Int64 = npt.NDArray[np.int64]
 _PIECE_BYTES = 128 * 2**10
@@ -78,14 +78,6 @@ def take_spans(
         _copy_by_blocks(starts, values * dtype.itemsize, flat.view(np.uint8))
     else:
         _copy_by_values(starts, values, flat)
-
-
-def span_index(starts: Int64, lengths: Int64) -> Int64:
-    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: int64 [sum of lengths]."""
-    ends = np.cumsum(lengths)
-    index = np.repeat(starts - (ends - lengths), lengths)
-    index += np.arange(len(index))
-    return index
 
 
 def _copy_by_values(starts: Int64, lengths: Int64, out: npt.NDArray[Any]) -> None:

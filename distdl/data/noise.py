@@ -13,8 +13,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from distdl.data.memory import span_index
 from distdl.data.permutation import mix
+from distdl.data.ragged import span_index
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

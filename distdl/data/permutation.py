@@ -71,11 +71,26 @@ def check_rows(rows: int) -> None:
         raise ValueError(f"rows is {rows}; an order has 0 to {MAX_ROWS} rows")
 
 
+_S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
+_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
 def mix(words: Words) -> Words:
     """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014; constants: Stafford's variant 13)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    return _mixed(words.copy())
+
+
+def _mixed(words: Words) -> Words:
+    """`mix`, written over `words`: fresh memory for each step would take as long as the arithmetic."""
+    shifted = words >> _S30
+    words ^= shifted
+    words *= _M1
+    np.right_shift(words, _S27, out=shifted)
+    words ^= shifted
+    words *= _M2
+    np.right_shift(words, _S31, out=shifted)
+    words ^= shifted
+    return words
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,22 @@ def _feistel(values: Words, domain: _Domain, keys: tuple[int, ...]) -> Words:
         if tweak is not None:
             word = mix(tweak + word)
         if number % 2 == 0:
-            left = (left + mix(right + word) % a) % a
+            left = _shifted(left, _mixed(right + word), a)
         else:
-            right = (right + mix(left + word) % b) % b
-    return left * b + right
+            right = _shifted(right, _mixed(left + word), b)
+    left *= b
+    left += right
+    return left
+
+
+def _shifted(half: Words, by: Words, size: Words) -> Words:
+    """(half + by) % size for half < size <= 2**32, written over `by`. Two thirds of the time that `%` takes:
+    numpy divides by one number with multiplications, but has no such way to a remainder.
+    """
+    whole = by // size
+    whole *= size
+    by -= whole
+    by += half
+    np.subtract(by, size, out=whole)
+    np.minimum(by, whole, out=by)  # below zero wraps round to a number that is not the minimum
+    return by

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,28 @@ import numpy.typing as npt
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 """(shape, dtype) -> a fresh, writable, C-contiguous array; pinned memory, say."""
+
+
+_kept = np.arange(1 << 16)
+_MOST_KEPT = 1 << 20
+
+
+def span_index(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: int64 [sum of lengths]."""
+    ends = np.cumsum(lengths)
+    index = np.repeat(starts - (ends - lengths), lengths)
+    index += _counting(len(index))
+    return index
+
+
+def _counting(count: int) -> npt.NDArray[np.int64]:
+    """0, 1, 2, ...: a view of one array that is kept, because to make it costs as much as to add it."""
+    global _kept
+    if count > _MOST_KEPT:
+        return np.arange(count)
+    if count > len(_kept):
+        _kept = np.arange(1 << (count - 1).bit_length())  # another thread may do the same: no harm
+    return _kept[:count]
 
 
 @dataclass(frozen=True)
@@ -37,18 +59,13 @@ class Ragged:
     def take(self, ids: npt.NDArray[np.int64]) -> Ragged:
         """Rows `ids` (int64 [n], any order, repeats allowed), copied."""
         lengths = self.lengths[ids]
-        ends = np.cumsum(lengths)
-        index = np.repeat(self.offsets[ids] - (ends - lengths), lengths) + np.arange(lengths.sum())
+        index = span_index(self.offsets[ids], lengths)
         inner = self.values
         return Ragged(inner.take(index) if isinstance(inner, Ragged) else inner[index], lengths, self.text)
 
     def rows(self, start: int, stop: int) -> Ragged:
         """Rows start .. stop - 1, as views."""
-        ends = self.offsets
-        lo, hi = int(ends[start]), int(ends[stop])
-        inner = self.values
-        values = inner.rows(lo, hi) if isinstance(inner, Ragged) else inner[lo:hi]
-        return Ragged(values, self.lengths[start:stop], self.text)
+        return self.parts([start, stop])[1]
 
     def padded(
         self, fill: Any = 0, length: int | None = None, allocate: Allocate | None = None
@@ -61,13 +78,27 @@ class Ragged:
             raise TypeError("rows are lists of lists: pad .values, then what it gives")
         item = self.values.shape[1:]
         longest = int(self.lengths.max(initial=0)) if length is None else length
-        out = (allocate or np.empty)((len(self), longest, *item), self.values.dtype)
-        out.fill(fill)
+        shape = (len(self), longest, *item)
+        if allocate is None and not fill:
+            out = np.zeros(shape, self.values.dtype)
+        else:
+            out = (allocate or np.empty)(shape, self.values.dtype)
+            out.fill(fill)
         # Cheaper than a mask, which looks at the filling too.
-        target = np.repeat(np.arange(len(self)) * longest - self.offsets[:-1], self.lengths)
-        target += np.arange(len(target))
+        target = span_index(np.arange(len(self)) * longest, self.lengths)
         out.reshape(len(self) * longest, *item)[target] = self.values
         return out
+
+    def parts(self, ends: Sequence[int]) -> list[Ragged]:
+        """The parts that end at rows `ends`, as views; cheaper than `rows` for each."""
+        at = self.offsets
+        found = []
+        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+            lo, hi = int(at[start]), int(at[stop])
+            inner = self.values
+            values = inner.rows(lo, hi) if isinstance(inner, Ragged) else inner[lo:hi]
+            found.append(Ragged(values, self.lengths[start:stop], self.text))
+        return found
 
     def tolist(self) -> list[Any]:
         """A Python list per row: of numbers, of lists, or a `str` or `bytes`. For people, not for loops."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from distdl.data.memory import allocate_plain, span_index
-from distdl.data.ragged import Allocate, Ragged
+from distdl.data.memory import allocate_plain
+from distdl.data.ragged import Allocate, Ragged, span_index
 from distdl.data.rows import Batch, Rows, check_ids
 from distdl.errors import DataError, nearest
 
