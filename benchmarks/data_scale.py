@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from distdl.data.index import Column, Index, Shard, Split
-from distdl.data.order import make_order
+from distdl.data.order.kinds import make_order
 
 BATCHES = 2000
 

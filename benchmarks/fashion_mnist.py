@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distdl.data.idx import read_idx
-from distdl.data.order import Full
+from distdl.data.order.kinds import Full
+from distdl.data.prepare.idx import read_idx
 from distdl.errors import DataError
 
 CLASSES = [

@@ -28,7 +28,7 @@ import pyarrow as pa
 import torch
 
 from distdl.data import ArrowTable, loader
-from distdl.data.ragged import span_index
+from distdl.data.table.ragged import span_index
 
 BATCH = 256
 SHARDS = 4

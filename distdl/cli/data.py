@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distdl import errors
-from distdl.data.inspect import head, summary, summary_lines, verify
-from distdl.data.options import MAX_SHARD_BYTES, Options
-from distdl.data.prepare import prepare
-from distdl.data.stage import stage
+from distdl.data.prepare.inspect import head, summary, summary_lines, verify
+from distdl.data.prepare.options import MAX_SHARD_BYTES, Options
+from distdl.data.prepare.run import prepare
+from distdl.data.prepare.stage import stage
 from distdl.testing.faults import arm_from_environment
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare, look at, check and copy datasets.")

@@ -1,32 +1,34 @@
 """Data: where it is, in which order it is read, and how a batch is gathered.
 
-Importing this imports neither torch nor datasets. The functions `prepare` and `augment` are imported from
-the modules of the same names, which a function here would hide.
+Importing this imports neither torch nor datasets.
 """
 
-from distdl.data.arrow import ArrowTable, open_split
 from distdl.data.catalogue import CATALOGUE
 from distdl.data.dataset import ShardedDataset
 from distdl.data.feed import Feed, describe_data
 from distdl.data.info import describe
-from distdl.data.loading import Loader, loader
-from distdl.data.microbatches import Share, gather_microbatches
+from distdl.data.loading.loader import Loader, loader
+from distdl.data.loading.microbatches import Share, gather_microbatches
+from distdl.data.loading.prefetch import Prefetcher
+from distdl.data.loading.workers import Workers
 from distdl.data.opening import Ready, cache_folder, ready
-from distdl.data.order import Full, Order, make_order
-from distdl.data.prefetch import Prefetcher
-from distdl.data.ragged import Ragged
-from distdl.data.rows import ArrayRows, Batch, Rows
-from distdl.data.workers import Workers
+from distdl.data.order.kinds import Full, Order, make_order
+from distdl.data.table.arrow import ArrowTable, open_split
+from distdl.data.table.ragged import Ragged
+from distdl.data.table.rows import ArrayRows, Batch, Rows
+from distdl.data.table.views import Concatenated, Packed
 
 __all__ = [
     "CATALOGUE",
     "ArrayRows",
     "ArrowTable",
     "Batch",
+    "Concatenated",
     "Feed",
     "Full",
     "Loader",
     "Order",
+    "Packed",
     "Prefetcher",
     "Ragged",
     "Ready",

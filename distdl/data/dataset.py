@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from distdl.data.arrow import ArrowTable
-from distdl.data.memory import Int64
-from distdl.data.ragged import Allocate, Ragged
-from distdl.data.rows import Batch
+from distdl.data.table.arrow import ArrowTable
+from distdl.data.table.memory import Int64
+from distdl.data.table.ragged import Allocate, Ragged
+from distdl.data.table.rows import Batch
 from distdl.errors import DataError, nearest
 from distdl.plan import DataInfo
 

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from distdl.data.arrow import open_split
 from distdl.data.info import describe
 from distdl.data.opening import Ready, ready
-from distdl.data.order import Order, make_order
-from distdl.data.rows import Rows
-from distdl.data.views import Concatenated, Packed
+from distdl.data.order.kinds import Order, make_order
+from distdl.data.table.arrow import open_split
+from distdl.data.table.rows import Rows
+from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError
 from distdl.plan import DataInfo, Field, Plan
 

@@ -10,7 +10,7 @@ from distdl.data.catalogue import locate, title
 from distdl.data.folders import Splits, parquet_splits
 from distdl.data.huggingface import as_converted, fields_of
 from distdl.data.index import INDEX_FILE, read_index
-from distdl.data.readers import Source, source_of
+from distdl.data.prepare.readers import Source, source_of
 from distdl.data.saved import is_saved, saved_splits
 from distdl.errors import DataError
 from distdl.plan import DataInfo

@@ -11,9 +11,9 @@ from distdl.data.catalogue import locate, title
 from distdl.data.folders import parquet_splits
 from distdl.data.index import INDEX_FILE, Index, SplitFiles, read_index, resolve
 from distdl.data.info import info_of
-from distdl.data.options import Options
-from distdl.data.prepare import prepare
-from distdl.data.readers import source_of
+from distdl.data.prepare.options import Options
+from distdl.data.prepare.readers import source_of
+from distdl.data.prepare.run import prepare
 from distdl.data.saved import is_saved, saved_splits
 from distdl.errors import DataError, nearest
 from distdl.plan import DataInfo

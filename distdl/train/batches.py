@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from distdl.data import Order, Prefetcher, Rows, Workers
-from distdl.data.augment import Augmentation, TokenDropout
-from distdl.data.microbatches import Transform, collect_microbatches, gather_microbatches, submit_microbatches
-from distdl.data.rows import Batch as Columns
+from distdl.data.augment.augmentation import Augmentation, TokenDropout
+from distdl.data.loading.microbatches import (
+    Transform,
+    collect_microbatches,
+    gather_microbatches,
+    submit_microbatches,
+)
+from distdl.data.table.rows import Batch as Columns
 from distdl.errors import RecipeError
 from distdl.imports import import_attribute
 from distdl.plan import Plan

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from distdl.data.arrival import RemoteShard
 from distdl.data.index import Column, Index, Offsets, Shard, Split, hash_file
-from distdl.data.writer import write_stream
+from distdl.data.prepare.writer import write_stream
+from distdl.data.stream.arrival import RemoteShard
 
 Fault = BaseException | Callable[[str, str], None]
 """Raised instead of an answer, or called with (path on the server, local path) after the file was copied."""

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distdl.data import noise
-from distdl.data.augment import Augmentation, Normalise, TokenDropout, augment
-from distdl.data.ragged import Ragged
+from distdl.data.augment import noise
+from distdl.data.augment.augmentation import Augmentation, Normalise, TokenDropout, augment
+from distdl.data.table.ragged import Ragged
 from distdl.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data import memory
-from distdl.data.arrow import ArrowTable
-from distdl.data.ragged import Ragged
-from distdl.data.rows import ArrayRows
+from distdl.data.table import memory
+from distdl.data.table.arrow import ArrowTable
+from distdl.data.table.ragged import Ragged
+from distdl.data.table.rows import ArrayRows
 from distdl.errors import DataError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distdl.data.augment import augment
+from distdl.data.augment.augmentation import augment
 
 IMAGES = np.random.default_rng(0).integers(1, 255, (600, 3, 6, 5), dtype=np.uint8)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distdl.data.arrow import open_split
 from distdl.data.info import describe
 from distdl.data.opening import ready
+from distdl.data.table.arrow import open_split
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = {

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distdl.data.idx import read_idx
 from distdl.data.index import Index, resolve
-from distdl.data.options import Options
-from distdl.data.prepare import prepare
+from distdl.data.prepare.idx import read_idx
+from distdl.data.prepare.options import Options
+from distdl.data.prepare.run import prepare
 from distdl.errors import DataError
 
 
@@ -336,7 +336,7 @@ def test_refusals(files: dict[str, str], options: dict[str, Any], says: str, tmp
 
 
 def test_a_hub_out_of_reach_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import distdl.data.sources as module
+    import distdl.data.prepare.sources as module
 
     monkeypatch.setattr(module, "_hub_answers", lambda: False)
     start = time.perf_counter()
@@ -347,7 +347,7 @@ def test_a_hub_out_of_reach_is_said_at_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_probe_of_the_hub_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import distdl.data.sources as module
+    import distdl.data.prepare.sources as module
 
     monkeypatch.setattr(module, "_PROBE_S", 0.2)
     for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "HF_HUB_OFFLINE"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.data.idx import read_idx
+from distdl.data.prepare.idx import read_idx
 from distdl.errors import DataError
 
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from distdl.data.index import INDEX_FILE, read_index
-from distdl.data.inspect import head, summary, summary_lines, verify
-from distdl.data.options import Options
-from distdl.data.prepare import prepare
+from distdl.data.prepare.inspect import head, summary, summary_lines, verify
+from distdl.data.prepare.options import Options
+from distdl.data.prepare.run import prepare
 from distdl.errors import DataError
 
 

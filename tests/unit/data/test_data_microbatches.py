@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.data.augment import Augmentation
-from distdl.data.microbatches import Share, gather_microbatches
-from distdl.data.order import Full
-from distdl.data.prefetch import Prefetcher
-from distdl.data.rows import ArrayRows, Batch
+from distdl.data.augment.augmentation import Augmentation
+from distdl.data.loading.microbatches import Share, gather_microbatches
+from distdl.data.loading.prefetch import Prefetcher
+from distdl.data.order.kinds import Full
+from distdl.data.table.rows import ArrayRows, Batch
 from distdl.keys import key
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (500, 8, 8), dtype=np.uint8)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data.order import MAX_ROWS, Full, Sequential
+from distdl.data.order.kinds import MAX_ROWS, Full, Sequential
 
 
 @settings(max_examples=150, deadline=None)

@@ -199,7 +199,7 @@ def test_class_labels_are_counted(tmp_path: Path) -> None:
 
 def test_importing_and_describing_needs_neither_torch_nor_datasets() -> None:
     code = (
-        "import sys, distdl.cli.data, distdl.data.augment\n"
+        "import sys, distdl.cli.data, distdl.data.augment.augmentation\n"
         "distdl.data.describe('fashion_mnist', None)\n"
         "print(sorted({'torch', 'datasets', 'pandas', 'tokenizers', 'PIL'} & set(sys.modules)))"
     )

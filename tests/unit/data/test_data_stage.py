@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distdl.data.arrow import open_split
 from distdl.data.index import read_index
-from distdl.data.inspect import verify
 from distdl.data.opening import ready
-from distdl.data.options import Options
-from distdl.data.prepare import prepare
-from distdl.data.stage import stage
+from distdl.data.prepare.inspect import verify
+from distdl.data.prepare.options import Options
+from distdl.data.prepare.run import prepare
+from distdl.data.prepare.stage import stage
+from distdl.data.table.arrow import open_split
 from distdl.errors import DataError
 
 
@@ -78,7 +78,7 @@ def test_damage_is_found_while_copying(dataset: Path, tmp_path: Path) -> None:
 CODE = """
 import sys
 from pathlib import Path
-from distdl.data.stage import stage
+from distdl.data.prepare.stage import stage
 from distdl.testing.faults import arm_from_environment
 arm_from_environment(0)
 sys.stdin.readline()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from distdl.data import ArrayRows, Ragged, ShardedDataset, loader
-from distdl.data.images import decode
-from distdl.data.tensors import to_tensors
+from distdl.data.loading.images import decode
+from distdl.data.loading.tensors import to_tensors
 from distdl.errors import DataError
 
 

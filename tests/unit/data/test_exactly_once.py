@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distdl.data import ArrayRows, Batch, Loader, Rows, loader
-from distdl.data.order import Order, make_order
-from distdl.data.workers import Workers
+from distdl.data.loading.workers import Workers
+from distdl.data.order.kinds import Order, make_order
 
 
 def plus_key(batch: Batch, key: int) -> Batch:
@@ -97,7 +97,7 @@ def pools() -> Iterator[dict[int, tuple[Rows, Workers]]]:
 def test_any_number_of_workers_gives_the_same(
     pools: dict[int, tuple[Rows, Workers]], kind: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import distdl.data.loading as module
+    import distdl.data.loading.loader as module
 
     data, order = pools[1][0], order_of(kind, 97, 10)
     plain = loader(data, 10, order=order, transform=plus_key, rank=1, world_size=3, prefetch=0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distdl.data import ArrayRows, Batch, loader
-from distdl.data.ragged import Ragged
+from distdl.data.table.ragged import Ragged
 from distdl.errors import DataError
 
 ROWS = ArrayRows({"id": np.arange(40, dtype=np.int64)})

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data.order import Block, Full, LengthBucketed, Order, Sequential, Weighted, make_order
-from distdl.data.permutation import permute, round_keys
+from distdl.data.order.kinds import Block, Full, LengthBucketed, Order, Sequential, Weighted, make_order
+from distdl.data.order.permutation import permute, round_keys
 from distdl.errors import DataError
 
 SHUFFLED = ("full", "block", "length_bucketed", "weighted")
@@ -185,7 +185,7 @@ def test_make_order_makes_what_its_words_say() -> None:
         (
             "packed",
             {},
-            "packed is not an order but a view of the rows: wrap them in distdl.data.views.Packed",
+            "packed is not an order but a view of the rows: wrap them in distdl.data.Packed",
         ),
         ("length_bucketed", {"batch": 4}, "length_bucketed needs a sequence column"),
         ("length_bucketed", {"offsets": np.arange(10)}, "needs the size of a batch"),

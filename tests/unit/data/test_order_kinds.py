@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data.order import Block, Full, LengthBucketed, Weighted
+from distdl.data.order.kinds import Block, Full, LengthBucketed, Weighted
 from distdl.errors import DataError
 
 

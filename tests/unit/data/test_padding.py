@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distdl.data.order import Order, make_order
+from distdl.data.order.kinds import Order, make_order
 
 BATCH = 256
 

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from stream_support import FlakyStore, flip, ids_of, shorten, write_shards
 
-from distdl.data import remote, shard_cache
-from distdl.data.arrival import RemoteShard
-from distdl.data.arrow import ArrowTable
-from distdl.data.fetcher import Fetcher
 from distdl.data.index import hash_file
-from distdl.data.retry import Missing, Patience, Stopped, scrub
-from distdl.data.shard_cache import ShardCache
+from distdl.data.stream import shard_cache, store
+from distdl.data.stream.arrival import RemoteShard
+from distdl.data.stream.fetcher import Fetcher
+from distdl.data.stream.retry import Missing, Patience, Stopped, scrub
+from distdl.data.stream.shard_cache import ShardCache
+from distdl.data.table.arrow import ArrowTable
 from distdl.errors import DataError, EnvironmentProblem
 
 PASSING = [
@@ -334,7 +334,7 @@ import sys, threading
 sys.path.insert(0, sys.argv[1])
 import stream_support
 from pathlib import Path
-from distdl.data.shard_cache import ShardCache
+from distdl.data.stream.shard_cache import ShardCache
 
 def hang(*_):
     print("half way", flush=True)
@@ -367,7 +367,7 @@ def test_a_killed_process_leaves_no_lock_and_its_rest_is_cleared(tmp_path: Path)
 
 def parquet_shard(path: Path, table: pa.Table, local_bytes: int = 0, **options: object) -> RemoteShard:
     pq.write_table(table, path, **options)
-    found = remote.entry(f"flaky://{path}")
+    found = store.entry(f"flaky://{path}")
     return RemoteShard(found.url, table.num_rows, found.bytes, None, local_bytes, found.version, "train", 0)
 
 
@@ -400,7 +400,7 @@ def test_parquet_features_give_shapes(tmp_path: Path) -> None:
         {"x": np.arange(24).reshape(4, 2, 3).tolist(), "label": [0, 1, 1, 0]}, features
     )
     data.to_parquet(str(tmp_path / "train.parquet"))
-    found = remote.entry(f"flaky://{tmp_path / 'train.parquet'}")
+    found = store.entry(f"flaky://{tmp_path / 'train.parquet'}")
     shard = RemoteShard(found.url, 4, found.bytes, None, 0, found.version, "train", 0)
     path = ShardCache(tmp_path / "near", 10**6).fetch(shard)
     got = ArrowTable([path], [4]).gather(np.array([3, 0]))
@@ -439,7 +439,7 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4:200] = bytes(196)
     path.write_bytes(data)
-    shard = replace(shard, version=remote.entry(shard.url).version)
+    shard = replace(shard, version=store.entry(shard.url).version)
     with pytest.raises(DataError, match="cannot be read through as Parquet"):
         ShardCache(tmp_path / "near", 10**6).fetch(shard)
 

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from stream_support import FlakyStore, flip, ids_of, images, write_prepared
 
-from distdl.data import remote
-from distdl.data.arrow import ArrowTable
 from distdl.data.index import read_index
-from distdl.data.retry import Patience
-from distdl.data.stream import RemoteDataset
+from distdl.data.stream import store
+from distdl.data.stream.remote_dataset import RemoteDataset
+from distdl.data.stream.retry import Patience
+from distdl.data.table.arrow import ArrowTable
 from distdl.errors import DataError
 
 
@@ -142,7 +142,7 @@ def _read_in_child(dataset: RemoteDataset, near: Path, answer: object) -> None:
 def test_a_forked_process_opens_the_store_for_itself(tmp_path: Path) -> None:
     write_parquet(tmp_path / "far")
     dataset = RemoteDataset.open(f"flaky://{tmp_path / 'far'}")
-    parents = dict(remote._stores)
+    parents = dict(store._stores)
     assert parents
     context = multiprocessing.get_context("fork")
     answer = context.SimpleQueue()
@@ -151,7 +151,7 @@ def test_a_forked_process_opens_the_store_for_itself(tmp_path: Path) -> None:
     assert answer.get() == list(range(150))
     child.join(30)
     assert child.exitcode == 0
-    assert remote._stores == parents
+    assert store._stores == parents
 
 
 # --- what is wrong ---
@@ -242,7 +242,7 @@ def test_urls_that_cannot_be_streamed_are_refused(url: str, words: str) -> None:
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr(remote, "_stores", {})
+    monkeypatch.setattr(store, "_stores", {})
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(DataError, match=r"pip install 'distdl\[s3\]'"):
         RemoteDataset.open("s3://bucket/a")
@@ -261,7 +261,7 @@ def test_the_hub_is_refused_where_it_is_switched_off(monkeypatch: pytest.MonkeyP
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(remote.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(store.urllib.request, "getproxies", dict)
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -272,7 +272,7 @@ def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_but_an_hf_url_imports_the_hub(tmp_path: Path) -> None:
     write_prepared(tmp_path / "far")
     code = (
-        "import sys; from distdl.data.stream import RemoteDataset; "
+        "import sys; from distdl.data.stream.remote_dataset import RemoteDataset; "
         f"RemoteDataset.open({str(tmp_path / 'far')!r}); "
         "import json; unwanted = ('huggingface_hub', 'datasets', 'torch'); "
         "print(json.dumps([m for m in unwanted if m in sys.modules]))"

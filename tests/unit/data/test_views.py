@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data.order import Block
-from distdl.data.ragged import Ragged
-from distdl.data.rows import ArrayRows, Batch, check_ids
-from distdl.data.views import Concatenated, Packed
+from distdl.data.order.kinds import Block
+from distdl.data.table.ragged import Ragged
+from distdl.data.table.rows import ArrayRows, Batch, check_ids
+from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError
 
 

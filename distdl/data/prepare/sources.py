@@ -1,0 +1,322 @@
+"""What a person names -> Arrow or Parquet files. The one file that imports Hugging Face `datasets`, lazily.
+
+`find` looks at names only, so that it can say at once what is wrong; `materialise` reads. Formats that
+pyarrow does not read by row number (CSV, JSON, IDX, ...) first become Arrow streams in a scratch folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from distdl.data.folders import Splits, files_in, split_files, split_of
+from distdl.data.index import INDEX_FILE, read_index, resolve
+from distdl.data.prepare.idx import find_idx, idx_schema, idx_table
+from distdl.data.prepare.imagefolder import image_tables
+from distdl.data.prepare.parallel import find_pairs, parallel_batches, parallel_schema
+from distdl.data.prepare.readers import Piece, Source, in_tables, read_ids, source_of
+from distdl.data.prepare.ts import read_ts, ts_schema, ts_table
+from distdl.data.prepare.writer import write_stream
+from distdl.data.saved import is_saved, saved_splits
+from distdl.errors import DataError, EnvironmentProblem
+
+_SUFFIXES = {
+    "parquet": (".parquet",),
+    "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    "json": (".jsonl", ".json", ".ndjson", ".jsonl.gz"),
+    "text": (".txt",),
+    "ts": (".ts",),
+}
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_PROBE_S = 5.0
+_UNROLLED_ROWS = 1024
+
+ACCEPTED = """a folder made by `distdl data prepare` or by `save_to_disk`;
+  train*.parquet, train*.csv, train*.tsv, train*.jsonl or train*.txt (test*, validation* likewise);
+  SPLIT/CLASS/*.png or CLASS/*.png (also .jpg, ...): an image folder;
+  train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-... (also .gz): IDX;
+  NAME_TRAIN.ts, NAME_TEST.ts: time series;
+  train.en, train.de: parallel text, a file for each language"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source by its layout: kind, the files of each split, and for a hub the id and configuration."""
+
+    kind: str
+    files: Splits = field(default_factory=dict)
+    folder: Path | None = None
+    hub: str = ""
+    config: str | None = None
+
+    def identity(self) -> list[Any]:
+        """What tells this source from a changed one: names, sizes and times of its files. JSON."""
+        if self.kind == "hub":
+            return ["hub", self.hub, self.config]
+        rows = []
+        for split, files in self.files.items():
+            for file in files:
+                status = file.stat()
+                rows.append([split, str(file.absolute()), status.st_size, status.st_mtime_ns])
+        return [self.kind, *rows]
+
+
+def find(given: str, config: str | None) -> Found:
+    """A local file or folder, or else a hub id (`owner/name`). Raises DataError."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _find_folder(path)
+    if path.is_file():
+        return _find_file(path)
+    if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+        return Found("hub", hub=given, config=config)
+    raise DataError(
+        f"{given} does not exist, and it is no catalogue name or hub id (owner/name). As a file or folder, "
+        f"accepted are\n  {ACCEPTED}"
+    )
+
+
+def _find_file(path: Path) -> Found:
+    for kind, suffixes in _SUFFIXES.items():
+        if path.name.endswith(suffixes):
+            split = _ts_split(path) if kind == "ts" else "train"
+            return Found(kind, {split: [path]}, path.parent)
+    raise DataError(f"{path}: files of this kind are not read. Accepted are\n  {ACCEPTED}")
+
+
+def _find_folder(folder: Path) -> Found:
+    if (folder / INDEX_FILE).is_file():
+        index = read_index(folder)
+        files = {
+            name: [Path(resolve(folder.absolute(), shard.file)) for shard in split.shards]
+            for name, split in index.splits.items()
+        }
+        return Found("arrow", files, folder)
+    if is_saved(folder):
+        return Found("arrow", saved_splits(folder), folder)
+    candidates = list(_layouts(folder))
+    if len(candidates) == 1:
+        return candidates[0]
+    names = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+    what = " and ".join(found.kind for found in candidates)
+    problem = (
+        f"could be read as {what}; name one file, or move the others away" if what else "has no known layout"
+    )
+    raise DataError(f"{folder} {problem}. Found {names}. Accepted are\n  {ACCEPTED}")
+
+
+def _layouts(folder: Path) -> Iterator[Found]:
+    idx = find_idx(folder)
+    if idx:
+        yield Found("idx", {split: list(pair) for split, pair in idx.items()}, folder)
+    pairs = find_pairs(files_in(folder, ("",)))
+    if pairs:
+        yield Found("parallel", {split: list(files.values()) for split, files in pairs.items()}, folder)
+    series = files_in(folder, _SUFFIXES["ts"])
+    if series:
+        splits: Splits = {}
+        for file in series:
+            splits.setdefault(_ts_split(file), []).append(file)
+        yield Found("ts", splits, folder)
+    for kind in ("parquet", "csv", "json", "text"):
+        if files_in(folder, _SUFFIXES[kind]) or files_in(folder / "data", _SUFFIXES[kind]):
+            yield Found(kind, split_files(folder, _SUFFIXES[kind]), folder)
+    images = _image_splits(folder)
+    if images:
+        yield Found("imagefolder", images, folder)
+
+
+def _image_splits(folder: Path) -> Splits:
+    """SPLIT/CLASS/image where every class folder lies in a split's, else CLASS/image, all "train"."""
+    images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file())
+    depths = {len(f.relative_to(folder).parts) for f in images}
+    if depths == {3}:
+        splits: Splits = {}
+        for file in images:
+            splits.setdefault(file.relative_to(folder).parts[0], []).append(file)
+        return splits
+    if depths == {2}:
+        return {"train": images}
+    if depths:
+        raise DataError(
+            f"{folder} holds images at different depths ({', '.join(str(f) for f in images[:3])}); expected "
+            "CLASS/image or SPLIT/CLASS/image"
+        )
+    return {}
+
+
+def _ts_split(file: Path) -> str:
+    end = file.stem.rpartition("_")[2].lower()
+    return end if end in ("train", "test", "validation") else split_of(file)
+
+
+def materialise(found: Found, scratch: Path, class_names: tuple[str, ...] | None) -> Source:
+    """The rows of `found` as Arrow or Parquet files; what has to be made is made in `scratch`.
+
+    `class_names` are for numbers that have none. Raises DataError.
+    """
+    if found.kind in ("parquet", "arrow"):
+        return source_of(found.files, "parquet" if found.kind == "parquet" else "arrow")
+    scratch.mkdir(parents=True, exist_ok=True)
+    if found.kind == "hub":
+        return _from_hub(found)
+    if found.kind in ("csv", "json", "text"):
+        return _with_datasets(found, scratch)
+    schema, splits = _tables(found, class_names)
+    files: Splits = {}
+    for split, tables in splits.items():
+        target = scratch / f"{split}.arrow"
+        write_stream(target, schema, tables)
+        files[split] = [target]
+    return source_of(files, "arrow")
+
+
+def unrolled(source: Source, shard_rows: int, scratch: Path) -> Source:
+    """`source` with Parquet whose row groups are larger than two shards as Arrow streams in `scratch`.
+
+    A row group is decoded from its beginning, so that each of its shards would decode all those before it.
+    """
+    splits = {}
+    for split, pieces in source.splits.items():
+        found = []
+        for number, piece in enumerate(pieces):
+            if max(piece.groups, default=0) > 2 * shard_rows:
+                scratch.mkdir(parents=True, exist_ok=True)
+                target = scratch / f"{split}-{number:05d}.arrow"
+                tables = in_tables(read_ids([piece], range(piece.rows)), _UNROLLED_ROWS)
+                write_stream(target, source.schema.remove_metadata(), tables)
+                piece = Piece(str(target), "arrow", piece.rows)
+            found.append(piece)
+        splits[split] = tuple(found)
+    return Source(splits, source.schema)
+
+
+def _tables(
+    found: Found, class_names: tuple[str, ...] | None
+) -> tuple[pa.Schema, Mapping[str, Iterator[pa.Table]]]:
+    assert found.folder is not None
+    if found.kind == "idx":
+        pairs = find_idx(found.folder)
+        schema = idx_schema(pairs, class_names)
+        return schema, {split: iter([idx_table(pair, schema)]) for split, pair in pairs.items()}
+    if found.kind == "ts":
+        read = {split: [read_ts(file) for file in files] for split, files in found.files.items()}
+        schema = ts_schema([file for files in read.values() for file in files])
+        return schema, {s: iter([ts_table(file, schema) for file in files]) for s, files in read.items()}
+    if found.kind == "imagefolder":
+        return image_tables(found.files)
+    pairs_of = find_pairs(files_in(found.folder, ("",)))
+    schema = parallel_schema(pairs_of)
+    return schema, {
+        split: (pa.Table.from_batches([batch]) for batch in parallel_batches(files, schema))
+        for split, files in pairs_of.items()
+    }
+
+
+def _with_datasets(found: Found, scratch: Path) -> Source:
+    """CSV, JSON lines and text through the builders of `datasets`, whose cache is `scratch`."""
+    # Escaped, because `datasets` reads `*`, `?` and `[` in a path as patterns.
+    files = {s: [glob.escape(str(f.absolute())) for f in members] for s, members in found.files.items()}
+    first = next(iter(found.files.values()))[0]
+    options = {"sep": "\t"} if ".tsv" in first.suffixes else {}
+    loaded = _load(found.kind, str(first), data_files=files, cache_dir=str(scratch / "datasets"), **options)
+    return _arrow_files(loaded)
+
+
+def _from_hub(found: Found) -> Source:
+    answers = _hub_answers()
+    try:
+        with nullcontext() if answers else _offline():
+            return _arrow_files(_load(found.hub, found.hub, name=found.config))
+    except DataError as error:
+        offline = "" if answers else " The hub does not answer, and the cache does not have it."
+        raise DataError(
+            f"{error}.{offline} Give files you have with --from FOLDER, or prepare it on a machine that "
+            "reaches the hub and copy the folder here."
+        ) from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` look in its cache only, at once, where it would retry for half a minute."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True  # the variable of this name is read once, at import
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _load(builder: str, what: str, **arguments: Any) -> Any:
+    import datasets
+
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(builder, **arguments)
+    except MemoryError:
+        raise
+    except Exception as error:  # its builders raise whatever their parsers do
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
+            raise cause from error
+        text = str(cause).strip().splitlines() or [type(cause).__name__]
+        if "corresponds to no data" in text[0]:  # its words for a split without rows
+            raise DataError(f"{what}: a split of it has no rows; fill it or leave it out") from error
+        raise DataError(f"`datasets` {datasets.__version__} cannot read {what}: {text[0]}") from error
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+def _arrow_files(loaded: Mapping[str, Any]) -> Source:
+    """The Arrow files in which `datasets` cached what it loaded. A table in memory would have none."""
+    files = {
+        str(split): [Path(entry["filename"]) for entry in dataset.cache_files]
+        for split, dataset in loaded.items()
+    }
+    if not all(files.values()):
+        raise EnvironmentProblem(
+            "datasets keeps its tables in memory here; unset HF_DATASETS_IN_MEMORY_MAX_SIZE and try again"
+        )
+    return source_of(files, "arrow")
+
+
+def _hub_answers() -> bool:
+    """Whether a connection to the hub, or to the proxy in front of it, is made within a few seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxy = os.environ.get(f"{endpoint.scheme}_proxy") or os.environ.get(f"{endpoint.scheme.upper()}_PROXY")
+    at = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}") if proxy else endpoint
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            port = at.port or (80 if at.scheme == "http" else 443)
+            with socket.create_connection((at.hostname or "", port), timeout=_PROBE_S):
+                answered.set()
+        except OSError:
+            pass
+
+    # In a thread, because looking up a name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_PROBE_S)
+    return answered.is_set()

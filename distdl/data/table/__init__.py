@@ -1,0 +1,1 @@
+"""Rows read from mapped Arrow files, and views of them."""
