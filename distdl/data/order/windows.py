@@ -21,7 +21,7 @@ from distdl.keys import key
 WINDOW = 2**16
 """Positions that `block` shuffles together where nothing else is said."""
 
-WINDOW_BATCHES = 50
+WINDOW_BATCHES = 200
 """Batches that `length_bucketed` sorts together where nothing else is said."""
 
 T = TypeVar("T")
