@@ -11,7 +11,8 @@
     │   ├── Corrupt                a size, a hash or the manifest itself is wrong
     │   └── Incompatible           a checkpoint of another recipe or another model
     ├── DataError              5   missing, unreadable or unsuitable data
-    └── Diverged               6   too many non-finite steps in a row
+    ├── Diverged               6   too many non-finite steps in a row
+    └── Stopped              143   no error: a wait that ended because a stop was asked for
 
 Three codes have no exception: 75, stopped on request with everything saved (a scheduler should requeue);
 143, stopped before there was anything to save; and 130, ended at once by a second Ctrl-C.
@@ -98,6 +99,12 @@ class Diverged(DistdlError):
     """Training produced too many non-finite steps in a row."""
 
     exit_code = DIVERGED
+
+
+class Stopped(DistdlError):
+    """A wait for data ended because a stop was asked for. Not an error: whoever asked for it expects it."""
+
+    exit_code = STOPPED_BEFORE_START
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -5,12 +5,13 @@ Later code obeys the plan and decides nothing again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distdl.capabilities import ENGINES
-from distdl.errors import DataError, PlanError
+from distdl.errors import DataError, PlanError, nearest
 from distdl.topology import Topology
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     total = min(b for b in bounds if b is not None)
     device = _device(recipe, topology)
     _check_engine(recipe, device)
+    _check_patience(recipe, topology, data)
     return Plan(
         engine=recipe.hardware.engine,
         device=device,
@@ -223,8 +225,12 @@ def _device(recipe: Recipe, topology: Topology) -> str:
 
 
 def _order(recipe: Recipe, data: DataInfo) -> str:
-    """The kind of order, as `distdl.data.make_order` calls it, or "packed"."""
+    """The kind of order, as `distdl.data.make_order` calls it, or "packed". DataError for weights of a
+    mixture that are not a distribution.
+    """
     wanted = recipe.data
+    if wanted.mixture:
+        check_weights(list(wanted.mixture.values()), len(wanted.mixture))
     kind = "weighted" if wanted.mixture is not None else wanted.order
     if not wanted.shuffle and kind in ("full", "block"):
         kind = "sequential"
@@ -236,23 +242,60 @@ def _order(recipe: Recipe, data: DataInfo) -> str:
     return kind
 
 
-def sequence_column(recipe: Recipe, data: DataInfo) -> str | None:
-    """The column of varying length that `data.sequence` names, or the only one; None where there is none.
+def _check_patience(recipe: Recipe, topology: Topology, data: DataInfo) -> None:
+    """A rank that waits for a server keeps the others waiting in a collective."""
+    retry, limit = recipe.hardware.retry_s, recipe.launch.timeout_s
+    if data.remote and topology.world_size > 1 and retry >= limit:
+        raise PlanError(
+            f"hardware.retry_s = {retry:g} is not less than launch.timeout_s = {limit:g}: the other "
+            "processes would give up on one that still waits for its data. Raise launch.timeout_s, or lower "
+            "hardware.retry_s"
+        )
 
-    Raises DataError where it is needed and not there or not the only one.
+
+def check_weights(weights: Sequence[float], parts: int) -> None:
+    """Raises DataError unless there is a weight above 0 for each of `parts` datasets, and they sum to 1."""
+    shown = ", ".join(f"{weight:g}" for weight in weights)
+    if not parts or len(weights) != parts:
+        raise DataError(
+            f"a mixture of {parts} datasets needs as many weights; {len(weights)} given: [{shown}]"
+        )
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(
+                f"the weights [{shown}] of the mixture are not a distribution: {weight:g} is not above 0. "
+                "Give each dataset a positive share, and leave out those that should have none."
+            )
+    total = math.fsum(weights)
+    if abs(total - 1) > 1e-6:
+        normalised = ", ".join(f"{weight / total:.7g}" for weight in weights)
+        raise DataError(
+            f"the weights [{shown}] of the mixture sum to {total:.7g}, not to 1. "
+            f"In the same proportions: [{normalised}]."
+        )
+
+
+def sequence_column(recipe: Recipe, data: DataInfo) -> str | None:
+    """The column that `data.sequence` names, or the only one of varying length; None where there is none.
+
+    One of a single length will do for augmentation, and has to be named. Raises DataError where the column
+    is needed and not there, or not the only one.
     """
     given = recipe.data.sequence
+    by_length = recipe.data.order in ("length_bucketed", "packed")
     found = [name for name, f in data.fields.items() if f.shape[:1] == (None,)]
     if given is not None:
-        if given not in found:
+        able = found if by_length else [name for name, f in data.fields.items() if f.shape]
+        if given not in able:
+            varying = " of varying length" if by_length else ""
             raise DataError(
-                f"data.sequence = {given!r}: dataset {data.name!r} has no such column of varying length; it "
-                f"has {', '.join(found) or 'none'}"
+                f"data.sequence = {given!r}: dataset {data.name!r} has no such column of sequences{varying}"
+                f"{nearest(given, able) or '.'} It has {', '.join(able) or 'none'}."
             )
         return given
     if len(found) == 1:
         return found[0]
-    if recipe.data.order in ("length_bucketed", "packed"):
+    if by_length:
         what = f"several ({', '.join(found)}): name one in data.sequence" if found else "none"
         raise DataError(
             f"data.order = {recipe.data.order!r} needs a column of varying length, and dataset {data.name!r} "

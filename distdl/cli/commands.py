@@ -87,6 +87,7 @@ def launch(
         _show_plan(recipe, plan)
         return errors.DONE
     from distdl.data import Feed
+    from distdl.data.feed import access_of
     from distdl.launch.server import start_server
     from distdl.record import RunDirectory
 
@@ -94,7 +95,7 @@ def launch(
     directory.create()
     with directory.lock():
         start_server(plan, directory)
-        Feed.open(recipe.data)
+        Feed.open(recipe.data, access_of(recipe, _say))
         from distdl.launch.local import launch as launch_local
 
         return launch_local(recipe, plan, directory, allow_changed=allow_changed)
@@ -163,11 +164,12 @@ def version() -> int:
 
 def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:
     from distdl.data import describe_data
+    from distdl.data.feed import access_of
 
     gpus = visible_gpus(os.environ)
     if procs is None:
         procs = max(gpus, 1) if recipe.launch.procs == "auto" else recipe.launch.procs
-    info = describe_data(recipe.data)
+    info = describe_data(recipe.data, access_of(recipe, _say))
     return make_plan(recipe, Topology.of(nodes, procs, gpus=gpus), info)
 
 

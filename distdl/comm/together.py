@@ -25,6 +25,7 @@ _BY_CODE: dict[int, type[DistdlError]] = {
     errors.CHECKPOINT: errors.CheckpointError,
     errors.DATA: errors.DataError,
     errors.DIVERGED: errors.Diverged,
+    errors.STOPPED_BEFORE_START: errors.Stopped,
 }
 
 

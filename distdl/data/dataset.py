@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from distdl.data.table.arrow import ArrowTable
+from distdl.data.info import is_url
+from distdl.data.opening import Ready, ready
+from distdl.data.order.kinds import Order
+from distdl.data.table.arrow import ArrowTable, open_split
 from distdl.data.table.memory import Int64
 from distdl.data.table.ragged import Allocate, Ragged
 from distdl.data.table.rows import Batch
@@ -29,24 +32,28 @@ class ShardedDataset:
         source: str | os.PathLike[str],
         split: str = "train",
         columns: Sequence[str] | None = None,
+        *,
+        cache_bytes: int | None = None,
+        retry_s: float | None = None,
     ) -> None:
-        """Open a prepared dataset, a `save_to_disk` folder, a folder of Parquet files, or a catalogue name.
+        """Open a prepared dataset, a `save_to_disk` folder, a folder of Parquet files, a URL, or a name.
 
-        A path that exists is a path; what does not exist and has no separator is a name. `columns` None
-        means all; `a` of a struct column means all its members, `a.b` one of them. Raises DataError.
+        A path that exists is a path; what does not exist and has no separator is a name of the catalogue.
+        `columns` None means all; `a` of a struct column means all its members, `a.b` one of them. What is
+        behind a URL is fetched while it is read, through a cache of at most `cache_bytes` on this machine
+        (None: 64 GiB); a server that is away is waited for `retry_s` seconds (None: 300). Raises DataError.
         """
-        from distdl.data.opening import ready
-
-        path = Path(source).expanduser()
-        is_path = path.exists() or len(path.parts) != 1 or not isinstance(source, str)
-        opened = ready(None, path) if is_path else ready(str(source), None)
+        opened = _open(source, cache_bytes, retry_s)
         found = opened.split(split)
         self.info: DataInfo = opened.info
         self.split = split
         self.shard_rows: list[int] = list(found.rows)
         """Rows of each shard, in the order of the row numbers: what order `block` needs."""
-        self._offset_files = dict(found.offsets)
-        self._table = ArrowTable(found.files, found.rows, columns)
+        self._remote = opened.remote
+        self._offset_files: dict[str, Path | None] = {**found.offsets}
+        if self._remote is not None and opened.index is not None:
+            self._offset_files = dict.fromkeys(opened.index.splits[split].offsets)
+        self._table = open_split(opened, split, columns)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -60,6 +67,17 @@ class ShardedDataset:
     def sequence_columns(self) -> list[str]:
         """Gathered columns whose row lengths are known without reading the rows."""
         return [name for name in self.columns if name in self._offset_files]
+
+    def look_ahead(self, order: Order, epoch: int, start: int, stop: int, *, again: bool = True) -> None:
+        """See `RemoteRows.look_ahead`. Data on this machine need none."""
+        if isinstance(self._table, ArrowTable):
+            return
+        self._table.look_ahead(order, epoch, start, stop, again=again)
+
+    def close(self) -> None:
+        """Give up what is being fetched. Data on this machine need no closing."""
+        if not isinstance(self._table, ArrowTable):
+            self._table.close()
 
     def gather(self, ids: Int64, allocate: Allocate | None = None) -> Batch:
         """See `Rows.gather` and `ArrowTable.gather`."""
@@ -81,6 +99,9 @@ class ShardedDataset:
                 f"Columns that do: {has}. `distdl data prepare` stores them for list columns."
             )
         file = self._offset_files[column]
+        if file is None:
+            assert self._remote is not None, "the offsets of a local dataset are files"
+            file = self._offset_files[column] = self._remote.offsets(self.split)[column]
         try:
             found: Int64 = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -117,6 +138,18 @@ class ShardedDataset:
             f"ShardedDataset({self.info.name!r}, split={self.split!r}, rows={len(self)}, "
             f"shards={len(self.shard_rows)}, columns={self.columns})"
         )
+
+
+def _open(source: str | os.PathLike[str], cache_bytes: int | None, retry_s: float | None) -> Ready:
+    if isinstance(source, str) and is_url(source):
+        from distdl.data.stream.remote_rows import CACHE_BYTES, Access
+        from distdl.data.stream.retry import RETRY_S, Patience
+
+        patience = Patience(RETRY_S if retry_s is None else retry_s)
+        return ready(None, source, Access(CACHE_BYTES if cache_bytes is None else cache_bytes, patience))
+    path = Path(source).expanduser()
+    is_path = path.exists() or len(path.parts) != 1 or not isinstance(source, str)
+    return ready(None, path) if is_path else ready(str(source), None)
 
 
 def _single(column: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from distdl.data.info import describe
+from distdl.data.info import describe, is_url
 from distdl.data.opening import Ready, ready
 from distdl.data.order.kinds import Order, make_order
 from distdl.data.table.arrow import open_split
@@ -21,12 +21,43 @@ from distdl.errors import DataError
 from distdl.plan import DataInfo, Field, Plan
 
 if TYPE_CHECKING:
+    from distdl.data.stream.remote_rows import Access
     from distdl.recipe.schema import Data, Recipe
 
 
-def describe_data(data: Data) -> DataInfo:
+def describe_data(data: Data, access: Access | None = None) -> DataInfo:
     """What the plan needs to know of what `data` names. Imports no torch; reads indexes alone. DataError."""
-    return merge([describe(name, path) for name, path in named(data)])
+    patience = access.patience if access is not None else None
+    parts = [describe(name, path, patience) for name, path in named(data)]
+    for source, part in zip(data.mixture or (), parts, strict=False):
+        if data.train_split not in part.rows:
+            raise DataError(
+                f"data.mixture: {source} has no split {data.train_split!r} to train on; it has "
+                f"{', '.join(sorted(part.rows))}"
+            )
+    return merge(parts, list(data.mixture or ()))
+
+
+def access_of(
+    recipe: Recipe,
+    notice: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
+) -> Access | None:
+    """How the recipe says that remote data are read; None where it names none.
+
+    `notice` hears why the data are waited for, `stopped` ends a wait: see `Patience`.
+    """
+    if not any(is_url(path) for _, path in named(recipe.data)):
+        return None
+    from distdl.data.stream.remote_rows import Access
+    from distdl.data.stream.retry import Patience
+
+    patience = Patience(recipe.hardware.retry_s)
+    if notice is not None:
+        patience = replace(patience, notice=notice)
+    if stopped is not None:
+        patience = replace(patience, stopped=stopped)
+    return Access(recipe.hardware.cache_bytes, patience)
 
 
 @dataclass(frozen=True)
@@ -37,17 +68,23 @@ class Feed:
     parts: Sequence[Ready]
 
     @classmethod
-    def open(cls, data: Data) -> Feed:
-        """Prepare what needs it, and open. Any process may call it, alone. Raises DataError."""
-        return cls(data, [ready(name, path) for name, path in named(data)])
+    def open(cls, data: Data, access: Access | None = None) -> Feed:
+        """Prepare what needs it, and open. Any process may call it, alone. Raises DataError.
+
+        What is behind a URL is read as `access` says (`access_of`), and blocks while its server is away.
+        """
+        return cls(data, [ready(name, path, access) for name, path in named(data)])
 
     @property
     def info(self) -> DataInfo:
         """What it is, from the indexes."""
-        return merge([part.info for part in self.parts])
+        return merge([part.info for part in self.parts], list(self.data.mixture or ()))
 
     def rows(self, split: str) -> Rows:
-        """The rows of `split`: those of all parts that have it, end to end; packed if the recipe says so."""
+        """The rows of `split`: those of all parts that have it, end to end; packed if the recipe says so.
+
+        Close them (`distdl.data.table.rows.close`): remote ones have threads.
+        """
         parts = [part for part in self.parts if split in part.info.rows]
         tables = [open_split(part, split) for part in parts or self.parts]
         rows: Rows = tables[0] if len(tables) == 1 else Concatenated(tables)
@@ -66,17 +103,18 @@ class Feed:
                 f"prepared dataset stores: run `distdl data prepare` on {self.parts[0].folder}"
             )
         weights = list((self.data.mixture or {}).values())
+        parts = [part.info.rows[split] for part in self.parts]
         return make_order(
             "full" if packed else plan.order,
             seed=recipe.train.seed,
-            rows=plan.train_rows,
+            rows=sum(parts) if weights else plan.train_rows,
             batch=plan.global_batch,
             shard_rows=files.rows,
             offsets=load_offsets(files.offsets[plan.sequence or ""]) if bucketed else None,
             window=self.data.block_window,
             window_batches=self.data.bucket_batches,
             shuffle=self.data.shuffle,
-            parts=[part.info.rows[split] for part in self.parts if split in part.info.rows],
+            parts=parts,
             weights=weights,
             epoch_rows=plan.train_rows if weights else None,
         )
@@ -115,15 +153,15 @@ def load_offsets(file: Path) -> npt.NDArray[np.int64]:
     return found
 
 
-def merge(parts: Sequence[DataInfo]) -> DataInfo:
-    """Several datasets as one. Raises DataError where their columns differ."""
+def merge(parts: Sequence[DataInfo], sources: Sequence[str] = ()) -> DataInfo:
+    """Several datasets as one; `sources` is what the recipe calls them. DataError where columns differ."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
         raise DataError("data.mixture names no dataset; give each with its share, such as {a: 0.5, b: 0.5}")
     first = parts[0]
-    for other in parts[1:]:
-        _check_same(first, other)
+    for source, other in zip(sources[1:], parts[1:], strict=True):
+        _check_same(first, other, sources[0], source)
     splits = sorted({split for part in parts for split in part.rows})
     whole = xxhash.xxh3_128(" ".join(part.fingerprint for part in parts).encode())
     return DataInfo(
@@ -135,12 +173,12 @@ def merge(parts: Sequence[DataInfo]) -> DataInfo:
     )
 
 
-def _check_same(first: DataInfo, other: DataInfo) -> None:
+def _check_same(first: DataInfo, other: DataInfo, here: str, there: str) -> None:
     for name in sorted({*first.fields, *other.fields}):
         a, b = _words(first.fields, name), _words(other.fields, name)
         if a != b:
             raise DataError(
-                f"data.mixture: column {name!r} is {a} in {first.name!r} and {b} in {other.name!r}; the "
+                f"data.mixture: column {name!r} is {a} in {here} and {b} in {there}; the "
                 "datasets of a mixture need the same columns: prepare them with --columns, --rename"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -15,18 +16,31 @@ from distdl.data.saved import is_saved, saved_splits
 from distdl.errors import DataError
 from distdl.plan import DataInfo
 
+if TYPE_CHECKING:
+    from distdl.data.stream.retry import Patience
+
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _TAIL_BYTES = 64 * 1024
 """A Parquet footer, which has the statistics of every column, is read whole up to this size."""
 
 
-def describe(name: str | None, path: str | Path | None) -> DataInfo:
+def is_url(path: str | Path | None) -> bool:
+    """Whether `path` is a URL, whose data are streamed. (A `Path` never is: it folds "//" to "/".)"""
+    return isinstance(path, str) and "://" in path
+
+
+def describe(name: str | None, path: str | Path | None, patience: Patience | None = None) -> DataInfo:
     """Rows and fields of the dataset `name` or `path`; any process may call it. Raises DataError.
 
+    Behind a URL the same is read from there; `patience` says how long its server may be away.
     A prepared dataset costs one small file. Of Parquet the footers are read, of a `save_to_disk` folder the
     heads of the record batches, and of both up to 64 + 16 blocks of 4 kB a file for the fingerprint.
     """
+    if name is None and is_url(path):
+        from distdl.data.stream.remote_dataset import RemoteDataset
+
+        return RemoteDataset.open(str(path), patience=patience).info
     folder = locate(name, path)
     if (folder / INDEX_FILE).is_file():
         return read_index(folder).info()

@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distdl.data.catalogue import locate, title
 from distdl.data.folders import parquet_splits
 from distdl.data.index import INDEX_FILE, Index, SplitFiles, read_index, resolve
-from distdl.data.info import info_of
+from distdl.data.info import info_of, is_url
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.readers import source_of
 from distdl.data.prepare.run import prepare
@@ -18,21 +19,34 @@ from distdl.data.saved import is_saved, saved_splits
 from distdl.errors import DataError, nearest
 from distdl.plan import DataInfo
 
+if TYPE_CHECKING:
+    from distdl.data.stream.remote_rows import Access, Remote
+
 CACHE_VARIABLE = "DISTDL_CACHE"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A dataset whose splits are Arrow files. `index` is None for a folder that distdl did not prepare."""
+    """A dataset whose splits are Arrow files. `index` is None for a folder that distdl did not prepare.
+
+    With `remote`, it is behind a URL, and `folder` only a name; its shards are fetched while they are read.
+    """
 
     info: DataInfo
     folder: Path
     index: Index | None
     in_place: Mapping[str, SplitFiles]
+    remote: Remote | None = None
 
     def split(self, name: str) -> SplitFiles:
         """The files of one split. Raises DataError where it does not exist or is empty, and, naming it, for
-        a local file that is missing or has another size than the index says."""
+        a local file that is missing or has another size than the index says.
+
+        Of a remote dataset `files` are URLs, and the offsets are fetched only where they are asked for
+        (`Remote.offsets`)."""
+        if self.remote is not None:
+            shards = self.remote.dataset.shards(name)
+            return SplitFiles([shard.url for shard in shards], [shard.rows for shard in shards], {})
         if name not in self.info.rows:
             raise DataError(
                 f"dataset {self.info.name!r} has no split {name!r}{nearest(name, self.info.rows) or '.'} "
@@ -44,23 +58,29 @@ class Ready:
             return self.in_place[name]
         split = self.index.splits[name]
         folder = self.folder.absolute()
-        shards = [s for s in split.shards if s.rows]
-        for part in (*shards, *split.offsets.values()):
+        stored = [s for s in split.shards if s.rows]
+        for part in (*stored, *split.offsets.values()):
             _check_size(resolve(folder, part.file), part.bytes, self.folder)
         return SplitFiles(
-            files=[resolve(folder, shard.file) for shard in shards],
-            rows=[shard.rows for shard in shards],
+            files=[resolve(folder, shard.file) for shard in stored],
+            rows=[shard.rows for shard in stored],
             offsets={column: Path(resolve(folder, o.file)) for column, o in split.offsets.items()},
         )
 
 
-def ready(name: str | None, path: str | Path | None) -> Ready:
+def ready(name: str | None, path: str | Path | None, access: Access | None = None) -> Ready:
     """Open the dataset `name` or `path`. Any process may call it, alone.
 
-    A prepared dataset and a `save_to_disk` folder are used where they are. Parquet is turned into a prepared
+    A prepared dataset and a `save_to_disk` folder are used where they are; what is behind a URL is streamed,
+    as `access` says, and blocks while its server does not answer. Local Parquet is turned into a prepared
     dataset once, in the cache; processes that need it at the same moment wait for the one that does it.
     Raises DataError, also for a full disk; EnvironmentProblem for a cache that cannot be written.
     """
+    if name is None and is_url(path):
+        from distdl.data.stream.remote_rows import Remote
+
+        remote = Remote.open(str(path), access)
+        return Ready(remote.dataset.info, Path(remote.dataset.info.name), remote.dataset.index, {}, remote)
     folder = locate(name, path)
     if (folder / INDEX_FILE).is_file():
         index = read_index(folder)

@@ -110,7 +110,7 @@ class Data(Section):
         200, description="Batches whose samples are sorted by length together (order length_bucketed)."
     )
     sequence: Text | None = Field(
-        None, description="Column of varying length that order and augmentation look at. Null: the only one."
+        None, description="Column that order and augmentation look at. Null: the only one of varying length."
     )
     pack_length: Count | None = Field(None, description="Tokens of one row to learn from (order packed).")
     epoch_rows: Count | None = Field(
@@ -140,6 +140,8 @@ class Data(Section):
             raise _problem("order packed and pack_length (tokens of one row) go together: give both or none")
         if self.mixture is not None and self.order != "full":
             raise _problem(f"a mixture has an order of its own; leave out order (given: {self.order})")
+        if self.mixture is not None and not self.shuffle:
+            raise _problem("a mixture is always shuffled; leave out shuffle: false")
         if self.epoch_rows is not None and self.mixture is None:
             raise _problem("epoch_rows is for a mixture; an epoch of one dataset is each of its samples once")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,10 +11,10 @@ from torch import nn
 from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
 from distdl.plan import DataInfo
-from distdl.tasks.base import Batch, Rows, Task
+from distdl.tasks.base import Batch, Columns, Rows, Task
 from distdl.tasks.image_classification import ImageClassification
 
-__all__ = ["BUILT_IN", "Batch", "Rows", "Task", "build_task"]
+__all__ = ["BUILT_IN", "Batch", "Columns", "Rows", "Task", "build_task"]
 
 BUILT_IN: dict[str, Callable[..., Any]] = {"image_classification": ImageClassification}
 
@@ -23,12 +24,14 @@ _PARTS = ("build_model", "collate", "count", "loss_sum", "metric_sums")
 def build_task(
     name: str, keys: dict[str, Any], make_model: Callable[..., nn.Module], data_info: DataInfo
 ) -> Task:
-    """The task that recipe section `task` names. Raises RecipeError when it cannot be imported or built.
+    """The task that recipe section `task` names. Raises RecipeError when it cannot be imported or built, and
+    DataError where it asks for a column that the data do not have.
 
     A user's task is called with the keys of the recipe and those of `make_model` and `data_info` that it
     has parameters for.
     """
-    offered: dict[str, Any] = {"make_model": make_model, "data_info": data_info}
+    known = replace(data_info, fields=Columns(data_info.fields))
+    offered: dict[str, Any] = {"make_model": make_model, "data_info": known}
     if name in BUILT_IN:
         built_in: Task = BUILT_IN[name](**offered, **keys)
         return built_in

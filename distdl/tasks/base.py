@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
+
+from distdl.errors import DataError, nearest
+
+T = TypeVar("T")
 
 Rows = dict[str, Any]
 """Gathered columns, dtype as stored: a numpy array [n, ...] each, or where rows differ in length a
@@ -12,6 +16,18 @@ Rows = dict[str, Any]
 
 Batch = dict[str, Tensor]
 """What `collate` makes of rows and the model and loss read; on CPU until the loop moves it."""
+
+
+class Columns(dict[str, T]):
+    """Columns by name, as a task is given them: one that is not there is a DataError, not a KeyError."""
+
+    def __missing__(self, name: str) -> T:
+        hint = nearest(name, self) or "."
+        raise DataError(
+            f"the task asks for column {name!r}, which the dataset does not have{hint} Its columns: "
+            f"{', '.join(self)}. Tell the task which one to read (section task of the recipe), or prepare "
+            "the data with --rename"
+        )
 
 
 class Task(Protocol):

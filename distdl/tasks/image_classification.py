@@ -66,11 +66,18 @@ def _columns(data: DataInfo) -> tuple[str, str]:
     labels = [n for n, f in data.fields.items() if f.num_classes and not f.shape]
     if len(images) == 1 and len(labels) == 1:
         return images[0], labels[0]
-    has = ", ".join(f"{n} ({f.dtype} {list(f.shape)})" for n, f in data.fields.items())
+    has = ", ".join(f"{n} ({_words(f)})" for n, f in data.fields.items())
     raise DataError(
-        f"task image_classification needs one uint8 image column of two or three dimensions and one "
-        f"ClassLabel column; dataset {data.name!r} has {has}"
+        f"task image_classification needs one uint8 image column of two or three dimensions, all of one "
+        f"size, and one ClassLabel column; dataset {data.name!r} has {has}. `distdl data prepare` with "
+        "--image-size, --classes and --columns makes them"
     )
+
+
+def _words(field: Field) -> str:
+    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
+    classes = f" of {field.num_classes} classes" if field.num_classes else ""
+    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"
 
 
 def _is_image(field: Field) -> bool:

@@ -12,6 +12,8 @@ from distdl.checkpoint.read import find_latest, load_tensors, verify
 from distdl.comm import World, together
 from distdl.comm.world import leave
 from distdl.data import Rows
+from distdl.data.feed import access_of
+from distdl.data.table.rows import close
 from distdl.engines import Engine
 from distdl.errors import CheckpointError, DistdlError
 from distdl.observe.console import show
@@ -61,11 +63,14 @@ def _evaluate(
     world, plan, _ = enter_world(recipe, topology)
     chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
     path = Path(world.from_main(chosen))
-    feed = prepare_data(recipe, world, topology)
+    feed = prepare_data(recipe, world, topology, access_of(recipe))
     task, engine = together(world, lambda: build(recipe, plan, world, topology, feed.info))
     together(world, lambda: _load(engine, path))
     rows = together(world, lambda: feed.rows(recipe.data.eval_split))
-    return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
+    try:
+        return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
+    finally:
+        close(rows)
 
 
 def _newest(recipe: Recipe) -> Path:

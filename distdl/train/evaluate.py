@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from distdl.comm import World, share_problem
+from distdl.errors import Stopped
 from distdl.plan import Plan, share
+from distdl.tasks import Columns
 from distdl.testing.faults import point
 
 if TYPE_CHECKING:
@@ -47,35 +49,43 @@ def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dic
     lo, hi = share(total, s.world.rank, s.world.size)
     found: list[dict[str, tuple[float, int]]] = []
     problem: Exception | None = None
+    halted = False
     s.engine.module.eval()
     try:
         for i in range(-(-total // s.world.size)):
             if i % BOUNDARY == 0:
-                _agree_on_errors(s.world, problem)
+                if _agree(s.world, problem, halted):
+                    return None
                 if stop_agreed is not None and stop_agreed():
                     return None
-            if lo + i < hi and problem is None:
+            if lo + i < hi and problem is None and not halted:
                 try:
                     point("eval.batch", i)
                     start = (lo + i) * s.plan.micro_batch
                     found.append(measure(s, start, min(start + s.plan.micro_batch, s.plan.eval_rows)))
+                except Stopped:
+                    halted = True  # told to stop while it waited for data
                 except Exception as error:
                     problem = error
-        _agree_on_errors(s.world, problem)
+        if _agree(s.world, problem, halted):
+            return None
     finally:
         s.engine.module.train()
     return _combine([m for part in s.world.gather(found) for m in part])
 
 
-def _agree_on_errors(world: World, problem: Exception | None) -> None:
-    if world.sum_ints([int(problem is not None)])[0]:
+def _agree(world: World, problem: Exception | None, halted: bool) -> bool:
+    """Whether any rank was told to stop; raises on all where any has a problem."""
+    failed, stopped = world.sum_ints([int(problem is not None), int(halted)])
+    if failed:
         share_problem(world, problem)
+    return stopped > 0
 
 
 def measure(s: Evaluated, start: int, stop: int) -> dict[str, tuple[float, int]]:
     """Sum and count of every metric over evaluation rows [start, stop). The module is in evaluation mode."""
     ids = np.arange(start, stop)
-    batch = s.engine.place(s.task.collate(s.eval_rows.gather(ids)))
+    batch = s.engine.place(s.task.collate(Columns(s.eval_rows.gather(ids))))
     bf16 = s.plan.precision == "bf16"
     with torch.no_grad(), torch.autocast(s.engine.device.type, torch.bfloat16, enabled=bf16):
         sums = s.task.metric_sums(s.engine.module, batch)

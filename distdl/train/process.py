@@ -15,7 +15,9 @@ from distdl import errors
 from distdl.checkpoint.retention import clean_temporary
 from distdl.comm import PeerFailed, together
 from distdl.comm.world import leave
-from distdl.errors import DistdlError
+from distdl.data.feed import access_of
+from distdl.errors import DistdlError, Stopped
+from distdl.launch.server import code_of_a_stop
 from distdl.observe.failure import is_consequence, report_failure
 from distdl.observe.summary import show_summary
 from distdl.recipe import Recipe
@@ -23,6 +25,7 @@ from distdl.record import RunDirectory
 from distdl.testing import faults
 from distdl.topology import Topology
 from distdl.train.loop import fit
+from distdl.train.notices import Notices
 from distdl.train.resume import Resumed
 from distdl.train.session import Session
 from distdl.train.setup import Opening, enter_world, open_session
@@ -54,6 +57,11 @@ def train_process(recipe: Recipe, topology: Topology, options: Options) -> int:
         code = _train(recipe, topology, options, directory, stop)
     except PeerFailed as error:
         _crash(error, directory, topology, where)
+    except Stopped:
+        # Before the first step of this attempt; later, ranks agree at a boundary.
+        code = code_of_a_stop(directory)
+        if topology.rank == 0:
+            directory.event("stop", rank=0, signal=stop.signal, saved=code == errors.STOPPED)
     except DistdlError as error:
         if topology.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -85,11 +93,13 @@ def _crash(error: Exception, directory: RunDirectory, topology: Topology, where:
 def _train(
     recipe: Recipe, topology: Topology, options: Options, directory: RunDirectory, stop: StopFlag
 ) -> int:
-    world, plan, _ = enter_world(recipe, topology)
+    notices = Notices(topology.rank, directory)
+    access = access_of(recipe, notices, lambda: stop.requested)
+    world, plan, _ = enter_world(recipe, topology, access)
     faults.point("start.joined")
     held = together(world, lambda: _open_directory(directory, options) if world.is_main else None)
     attempt = Path(world.from_main(held and str(held[0])))
-    opening = Opening(recipe, plan, world, topology, directory, attempt, stop)
+    opening = Opening(recipe, plan, world, topology, directory, attempt, stop, notices)
     session, resumed = open_session(
         opening, allow_changed=options.allow_changed, terminal=options.terminal, quiet=not world.is_main
     )
@@ -117,8 +127,7 @@ def _run(s: Session, resumed: Resumed) -> int:
         if code == errors.DONE and not already:
             s.event("done", **s.results())
     finally:
-        s.console.close()
-        s.batches.close()
+        s.close()
     if code == errors.DONE and s.world.is_main:
         show_summary(s.directory)
     return code

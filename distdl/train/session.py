@@ -9,7 +9,9 @@ from typing import Any
 from distdl.checkpoint.manifest import Facts
 from distdl.comm import World, share_problem
 from distdl.data import Rows
+from distdl.data.table.rows import close
 from distdl.engines import Engine
+from distdl.errors import Stopped
 from distdl.observe.console import RunConsole
 from distdl.plan import Plan
 from distdl.recipe import Recipe
@@ -105,6 +107,8 @@ class Session:
         micros: list[Micro] = []
         try:
             micros = self.batches.get(self.state.step)
+        except Stopped:
+            pass  # told to stop while it waited for data: the flag below says so
         except Exception as error:
             problem = error
         mine = sum(m.count for m in micros if m.weight)
@@ -112,6 +116,12 @@ class Session:
         if failed:
             share_problem(self.world, problem)
         return None if stop else StepBatch(micros, total)
+
+    def close(self) -> None:
+        """End what runs in the background. May be called again."""
+        self.console.close()
+        self.batches.close()
+        close(self.eval_rows)
 
     def stop_agreed(self) -> bool:
         """Collective. True on every rank where any has been told to stop."""

@@ -7,9 +7,9 @@ import os
 import platform
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -18,7 +18,7 @@ from distdl import __version__
 from distdl.comm import World, share_problem, together
 from distdl.comm.world import meet
 from distdl.data import Feed, Rows, describe_data
-from distdl.data.feed import from_anywhere
+from distdl.data.feed import access_of, from_anywhere
 from distdl.engines import Engine, build_engine
 from distdl.errors import EnvironmentProblem, RecipeError, nearest
 from distdl.keys import key, seed_everything
@@ -31,10 +31,14 @@ from distdl.tasks import Task, build_task
 from distdl.topology import Topology
 from distdl.train.batches import Batches
 from distdl.train.evaluate import measure
+from distdl.train.notices import Notices
 from distdl.train.resume import Identity, Resumed, resume
 from distdl.train.session import Session, evaluation_due
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
+
+if TYPE_CHECKING:
+    from distdl.data.stream.remote_rows import Access
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Opening:
     directory: RunDirectory
     attempt: Path
     stop: StopFlag
+    notices: Notices = field(default_factory=Notices)
 
 
 def open_session(
@@ -58,7 +63,8 @@ def open_session(
     Raises on all ranks together where any of them fails. The session is at a step boundary.
     """
     recipe, plan, world = o.recipe, o.plan, o.world
-    feed = prepare_data(recipe, world, o.topology)
+    access = access_of(recipe, o.notices, lambda: o.stop.requested)
+    feed = prepare_data(recipe, world, o.topology, access)
     task, engine = together(world, lambda: build(recipe, plan, world, o.topology, feed.info))
     identity = Identity(recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint)
     resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
@@ -66,6 +72,8 @@ def open_session(
     row, heartbeat = begun if begun else ({}, None)
     take_evaluation(o, resumed.state, world.from_main(row))
     batches, eval_rows = together(world, lambda: open_data(o, feed, task))
+    console = RunConsole(plan.total_steps, quiet=quiet, terminal=terminal)
+    o.notices.say = console.say
     session = Session(
         recipe=recipe,
         plan=plan,
@@ -74,7 +82,7 @@ def open_session(
         engine=engine,
         state=resumed.state,
         directory=o.directory,
-        console=RunConsole(plan.total_steps, quiet=quiet, terminal=terminal),
+        console=console,
         stop=o.stop,
         heartbeat=heartbeat,
         batches=batches,
@@ -90,11 +98,13 @@ def open_session(
     return session, resumed
 
 
-def enter_world(recipe: Recipe, topology: Topology) -> tuple[World, Plan, DataInfo]:
+def enter_world(
+    recipe: Recipe, topology: Topology, access: Access | None = None
+) -> tuple[World, Plan, DataInfo]:
     """Collective. Plan, set threads and device, join the process group; errors are raised on all ranks."""
     problem: Exception | None = None
     try:
-        info = describe_data(recipe.data)
+        info = describe_data(recipe.data, access or access_of(recipe))
         plan = make_plan(recipe, topology, info)
         torch.set_num_threads(plan.threads)
         if plan.device == "cuda":
@@ -114,17 +124,18 @@ def enter_world(recipe: Recipe, topology: Topology) -> tuple[World, Plan, DataIn
     return world, plan, info
 
 
-def prepare_data(recipe: Recipe, world: World, topology: Topology) -> Feed:
-    """Collective. One rank a node prepares the data, then all open them."""
-    together(world, lambda: Feed.open(recipe.data) if topology.local_rank == 0 else None)
-    return together(world, lambda: Feed.open(recipe.data))
+def prepare_data(recipe: Recipe, world: World, topology: Topology, access: Access | None = None) -> Feed:
+    """Collective. One rank a node prepares the data, then all open them; remote ones as `access` says."""
+    together(world, lambda: Feed.open(recipe.data, access) if topology.local_rank == 0 else None)
+    return together(world, lambda: Feed.open(recipe.data, access))
 
 
 def open_data(o: Opening, feed: Feed, task: Task) -> tuple[Batches, Rows]:
     """This rank's microbatches of the training rows, and the evaluation rows."""
     rows, order = feed.rows(o.recipe.data.train_split), feed.order(o.recipe, o.plan)
     eval_rows = feed.rows(o.recipe.data.eval_split)
-    return Batches(o.recipe, o.plan, task, rows, order, o.world.rank), eval_rows
+    stopped = lambda: o.stop.requested  # noqa: E731
+    return Batches(o.recipe, o.plan, task, rows, order, o.world.rank, stopped), eval_rows
 
 
 def build(

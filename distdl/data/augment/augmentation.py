@@ -148,7 +148,10 @@ def augment_column(column: str, augmentation: Augmentation, batch: Batch, key: i
             f"there is no column {column!r} to augment{nearest(column, batch) or '.'} "
             f"Columns: {', '.join(batch)}."
         )
-    return {**batch, column: augmentation(batch[column], key)}
+    try:
+        return {**batch, column: augmentation(batch[column], key)}
+    except DataError as error:
+        raise DataError(f"column {column!r}: {error}") from error
 
 
 def augment(

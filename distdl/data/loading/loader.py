@@ -106,6 +106,7 @@ class Loader:
         """See `loader`, which checks what is given here."""
         self._rows, self._order, self._seed = rows, order, seed
         self._transform, self._pool, self._pin, self._pad = transform, pool, pin_memory, pad
+        self._look_ahead: Callable[[Order, int, int, int], None] | None = getattr(rows, "look_ahead", None)
         self._in_flight = workers * max(prefetch, 1) + prefetch
         self._prefetch = prefetch
         self._closed = False
@@ -212,6 +213,8 @@ class Loader:
 
     def _make(self, number: int) -> Tensors:
         """The batch of step `number`; the prefetching thread calls it."""
+        if self._look_ahead is not None:
+            self._look_ahead(self._order, *self._steps.mine(number))
         pinned = Pinned() if self._pin and _cuda() else None
         if self._sent is not None:
             return to_tensors(self._sent.get(number).result(), self._pad, pinned)

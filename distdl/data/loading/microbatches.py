@@ -71,10 +71,21 @@ def transformed(transform: Transform, batch: Batch, chosen: int) -> Batch:
     """`transform(batch, chosen)`. Raises DataError where it does not return columns of as many rows."""
     before = row_count(batch)
     result = transform(batch, chosen)
-    if not isinstance(result, dict) or row_count(result) != before:
-        got = f"{row_count(result)} rows" if isinstance(result, dict) else type(result).__name__
-        raise DataError(f"the transform was given {before} rows and returned {got}; expected as many rows")
+    if not isinstance(result, dict):
+        raise DataError(f"{_named(transform)} returned {type(result).__name__}; expected a dict of columns")
+    wrong = [f"{len(column)} rows of {name!r}" for name, column in result.items() if len(column) != before]
+    if wrong or not result:
+        raise DataError(
+            f"{_named(transform)} was given {before} rows and returned {', '.join(wrong) or 'no column'}; "
+            "expected as many rows in every column. To leave rows out, do so before: `distdl data prepare` a "
+            "source without them"
+        )
     return result
+
+
+def _named(transform: Transform) -> str:
+    name = getattr(transform, "__qualname__", None)
+    return f"the transform {transform.__module__}:{name}" if name else f"the transform {transform!r}"
 
 
 def _augmented(

@@ -27,13 +27,13 @@ from distdl.data.order.permutation import (
     round_keys,
 )
 from distdl.errors import DataError
+from distdl.plan import check_weights
 
 BLOCK = 1024
 """Positions shuffled together. Every prefix of the stream is within one block of the proportions."""
 
 _BITS = 32
 _UNITS = 1 << _BITS
-_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Weighted:
     _names: Words = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_weights(self.weights, len(self.parts_rows))
+        check_weights(self.weights, len(self.parts_rows))
         for part, rows in enumerate(self.parts_rows):
             if rows < 1:
                 raise DataError(f"dataset {part} of the mixture has {rows} rows; leave it out")
@@ -134,24 +134,3 @@ def _times(numbers: Ints, share: int) -> Ints:
     rounded = (low * np.uint64(share) + np.uint64(_UNITS // 2)) >> np.uint64(_BITS)
     total: Ints = high * share + rounded.astype(np.int64)
     return total
-
-
-def _check_weights(weights: Sequence[float], parts: int) -> None:
-    shown = ", ".join(f"{weight:g}" for weight in weights)
-    if not parts or len(weights) != parts:
-        raise DataError(
-            f"a mixture of {parts} datasets needs as many weights; {len(weights)} given: [{shown}]"
-        )
-    for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise DataError(
-                f"the weights [{shown}] of the mixture are not a distribution: {weight:g} is not above 0. "
-                "Give each dataset a positive share, and leave out those that should have none."
-            )
-    total = math.fsum(weights)
-    if abs(total - 1) > _TOLERANCE:
-        normalised = ", ".join(f"{weight / total:.7g}" for weight in weights)
-        raise DataError(
-            f"the weights [{shown}] of the mixture sum to {total:.7g}, not to 1. "
-            f"In the same proportions: [{normalised}]."
-        )

@@ -144,7 +144,8 @@ def fix_lists(column: pa.Array, shape: tuple[int | None, ...], name: str, where:
     def ragged(row: int, found: int, length: int) -> DataError:
         return DataError(
             f"column {name!r} is ragged where its feature says shape {list(shape)}: {where(row)} has a list "
-            f"of {found} where {length} are expected"
+            f"of {found} where {length} are expected. Make its rows alike, leave such rows out, or give the "
+            "feature no length"
         )
 
     return _fix_lists(column, shape, np.arange(len(column)), ragged)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from distdl.data.huggingface import columns_of, unnest
 from distdl.data.index import DataFile, Index, Offsets, Shard, hash_file, read_index, resolve
-from distdl.data.prepare.run import TOKENIZER_FILE
+from distdl.data.prepare.draft import TOKENIZER_FILE
 from distdl.data.prepare.tokenize import decode
 from distdl.errors import DataError
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from distdl.data.stream.retry import Stopped
 from distdl.data.stream.shard_cache import ShardCache
 
 _THREADS = 2
+_CLOSE_S = 2.0
 
 
 class Fetcher:
     """Shards by number, some of them fetched before they are asked for. Safe to use from several threads.
 
     A download ahead that fails has no effect unless somebody waits for it already: `path` tries again and
-    raises. The threads begin with the first `want`, and are daemons: a process that dies of an error does not
-    wait for a server. Pickles as its arguments; after a fork, make a new one.
+    raises. Threads are daemons: a process that dies of an error does not wait for a server. Pickles as its
+    arguments; after a fork, make a new one.
     """
 
     def __init__(self, cache: ShardCache, shards: Sequence[RemoteShard], ahead: int = 2) -> None:
@@ -42,6 +44,7 @@ class Fetcher:
         self._current: set[int] = set()
         self._running: dict[int, _Running] = {}
         self._threads: list[threading.Thread] = []
+        self._workers = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -57,10 +60,9 @@ class Fetcher:
             if self._closed.is_set():
                 raise RuntimeError("this Fetcher is closed")
             self._queue = deque(n for n in wanted if n not in self._running)
-            while len(self._threads) < min(_THREADS, self._ahead) and self._queue:
-                name = f"distdl-fetch-{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
-                self._threads[-1].start()
+            while self._workers < min(_THREADS, self._ahead) and self._queue:
+                self._start(f"distdl-fetch-{self._workers}", self._work)
+                self._workers += 1
             self._changed.notify_all()
 
     def path(self, number: int) -> Path:
@@ -75,23 +77,32 @@ class Fetcher:
             if self._closed.is_set():
                 raise RuntimeError("this Fetcher is closed")
             if number in self._queue:
-                self._queue.remove(number)  # this thread does it at once
+                self._queue.remove(number)  # it is begun at once
             running = self._running.get(number)
             self._current = {number}
+            if running is None and not self._cache.touch(self._shards[number]):
+                # In a thread of its own: a server that hangs must not keep this one from hearing of a stop.
+                running = self._running[number] = _Running()
+                self._start(f"distdl-fetch-shard-{number}", lambda: self._fetch(number))
         if running is not None:
             self._wait(running)
         with self._cache.hold(self._shards[number]) as path:
             yield path
 
     def close(self) -> None:
-        """Give up what is being fetched, and wait for the threads: a moment. May be called again."""
+        """Give up what is being fetched, and wait for the threads: a moment. May be called again.
+
+        A thread that hangs in a connection is left behind; it ends with its time-out, or with the process.
+        """
         with self._changed:
             self._closed.set()
             self._queue.clear()
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
+            threads = [*self._threads]
+            self._threads.clear()
+        end = time.monotonic() + _CLOSE_S
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def __enter__(self) -> Fetcher:
         return self
@@ -129,15 +140,28 @@ class Fetcher:
                 if self._closed.is_set():
                     return
                 number = self._queue.popleft()
-                running = self._running[number] = _Running()
-            try:
-                self._cache.fetch(self._shards[number])
-            except Exception as error:
-                running.error = error
-            finally:
-                with self._changed:
-                    del self._running[number]
-                running.done.set()
+                if number in self._running:
+                    continue
+                self._running[number] = _Running()
+            self._fetch(number)
+
+    def _fetch(self, number: int) -> None:
+        """Fetch a shard that is noted as running."""
+        running = self._running[number]
+        try:
+            self._cache.fetch(self._shards[number])
+        except Exception as error:
+            running.error = error
+        finally:
+            with self._changed:
+                del self._running[number]
+            running.done.set()
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        """Begin a thread. `_changed` is ours."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+        self._threads[-1].start()
 
 
 class _Running:

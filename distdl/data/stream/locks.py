@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from distdl.data.stream.retry import Patience
 
+_LONG_S = 10.0
 POLL_S = 0.02
 """How often a lock that somebody else holds is tried. To block in `flock` could not be interrupted."""
 
@@ -23,9 +25,12 @@ class Locks:
     patience: Patience
 
     @contextmanager
-    def shared(self, name: str) -> Iterator[None]:
-        """Hold a lock together with others who only read. Raises Stopped while waiting, OSError."""
-        with self._held(name, fcntl.LOCK_SH):
+    def shared(self, name: str, holder: str = "") -> Iterator[None]:
+        """Hold a lock together with others who only read. Raises Stopped while waiting, OSError.
+
+        `holder` says what somebody who has it alone is about; a person hears it when that takes long.
+        """
+        with self._held(name, fcntl.LOCK_SH, holder):
             yield
 
     @contextmanager
@@ -44,11 +49,15 @@ class Locks:
             _release(descriptor)
 
     @contextmanager
-    def _held(self, name: str, kind: int) -> Iterator[None]:
+    def _held(self, name: str, kind: int, holder: str = "") -> Iterator[None]:
         descriptor = self._open(name)
+        said_at = time.monotonic() + _LONG_S
         try:
             while not _try(descriptor, kind):
                 self.patience.wait(POLL_S)
+                if holder and time.monotonic() > said_at:
+                    self.patience.notice(holder)
+                    holder = ""
             yield
         finally:
             _release(descriptor)

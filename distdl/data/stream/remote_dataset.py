@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from distdl.data import folders
-from distdl.data.huggingface import fields_of
+from distdl.data.huggingface import as_converted, fields_of
 from distdl.data.index import INDEX_FILE, Index, parse_index, resolve
 from distdl.data.prepare.readers import check_same_columns
 from distdl.data.stream import store
@@ -164,7 +164,8 @@ def _open_parquet(url: str, patience: Patience, memory: _Memory) -> RemoteDatase
             raise DataError(f"split {split!r} of {scrub(url)} has no rows; leave its files out")
         by_split[split] = tuple(found)
     rows = {split: sum(s.rows for s in shards) for split, shards in by_split.items()}
-    info = DataInfo(PurePosixPath(scrub(url)).name, rows, fields_of(schema), whole.hexdigest(), remote=True)
+    fields = fields_of(as_converted(schema))
+    info = DataInfo(PurePosixPath(scrub(url)).name, rows, fields, whole.hexdigest(), remote=True)
     return RemoteDataset(url, info, None, by_split)
 
 

@@ -11,12 +11,15 @@ import itertools
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from distdl.errors import DataError
+from distdl.errors import DataError, Stopped
+
+__all__ = ["CutShort", "Missing", "Patience", "Stopped", "TooLong", "never", "reason", "scrub"]
 
 T = TypeVar("T")
 
@@ -41,10 +44,6 @@ class Missing(DataError):
     """What was asked for is not on the server (404)."""
 
 
-class Stopped(Exception):
-    """`Patience.stopped()` said so. Not an error of the data: whoever asked for the stop expects it."""
-
-
 class CutShort(Exception):
     """A body ended before the length that the server stated. Passes, like a reset connection."""
 
@@ -58,17 +57,43 @@ def never() -> bool:
     return False
 
 
+class _Outage:
+    """The pieces of work that fail at this moment. A server that is gone fails many; a person hears once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failing: set[object] = set()
+
+    def join(self, work: object) -> bool:
+        """Whether `work` is the first to fail."""
+        with self._lock:
+            self._failing.add(work)
+            return len(self._failing) == 1
+
+    def leave(self, work: object) -> bool:
+        """Whether nothing fails any more."""
+        with self._lock:
+            self._failing.discard(work)
+            return not self._failing
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long to try, whom to tell, and when to give up early. May be used by several threads at once.
 
-    `notice` hears of the first failure of a piece of work and of its recovery; `stopped` is looked at ten
-    times a second while waiting.
+    `notice` hears of the first failure of an outage and of its end, not of each piece of work; `stopped` is
+    looked at ten times a second while waiting. `since` (time.monotonic) is when the waiting began, where that
+    was before the first try. In another process it is a patience of as many seconds, with no one to tell.
     """
 
     total_s: float = RETRY_S
     notice: Callable[[str], None] = _log.warning
     stopped: Callable[[], bool] = never
+    since: float | None = None
+    _outage: _Outage = field(default_factory=_Outage, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.total_s,)
 
     def call(self, what: str, action: Callable[[], T]) -> T:
         """`action()`, tried for up to `total_s` seconds; `what` ("shard s3://...") names it to people.
@@ -76,14 +101,18 @@ class Patience:
         Raises Missing for what is not there, DataError for what is refused or never came, Stopped, and
         unchanged any error of the local machine (a full disk) or of the program.
         """
-        began = time.monotonic()
-        for tries in itertools.count(1):
-            outcome = _attempt(what, action)
-            if not isinstance(outcome, _Failed):
-                if tries > 1:
-                    self.notice(f"{what}: came at try {tries}, after {time.monotonic() - began:.1f} s")
-                return outcome
-            self._again(what, outcome.error, tries, began)
+        began = time.monotonic() if self.since is None else self.since
+        work = object()
+        try:
+            for tries in itertools.count(1):
+                outcome = _attempt(what, action)
+                if not isinstance(outcome, _Failed):
+                    if tries > 1 and self._outage.leave(work):
+                        self.notice(f"{what}: came at try {tries}, after {time.monotonic() - began:.1f} s")
+                    return outcome
+                self._again(what, outcome.error, tries, began, self._outage.join(work))
+        finally:
+            self._outage.leave(work)
         raise AssertionError("unreachable")
 
     def wait(self, seconds: float = _GLANCE_S) -> None:
@@ -97,16 +126,16 @@ class Patience:
                 return
             time.sleep(min(left, _GLANCE_S))
 
-    def _again(self, what: str, error: Exception, tries: int, began: float) -> None:
+    def _again(self, what: str, error: Exception, tries: int, began: float, first: bool) -> None:
         """Wait before try `tries` + 1, or raise DataError because the time is up."""
         spent = time.monotonic() - began
         if spent >= self.total_s:
             raise DataError(
                 f"{what} did not come: {tries} tries in {spent:.1f} s, the last ended with: {reason(error)}. "
                 "Check the server and the network between here and there, then start again: what is in the "
-                f"cache is kept. Tries go on for {self.total_s:g} s (retry_s)."
+                f"cache is kept. Tries go on for {self.total_s:g} s (hardware.retry_s)."
             ) from error
-        if tries == 1:
+        if tries == 1 and first:
             self.notice(f"{what} did not come: {reason(error)}. Trying again for up to {self.total_s:g} s.")
         self.wait(min(_FIRST_DELAY_S * 2 ** min(tries - 1, 20), _LONGEST_DELAY_S, self.total_s - spent))
 

@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import xxhash
@@ -55,7 +56,9 @@ class ShardCache:
     def __init__(self, folder: Path, max_bytes: int, patience: Patience | None = None) -> None:
         """`max_bytes` is the same in all processes that share `folder`. Touches nothing on disk yet."""
         if max_bytes < 1:
-            raise DataError(f"the cache of shards may hold {max_bytes} bytes; expected 1 or more")
+            raise DataError(
+                f"the cache of shards may hold {max_bytes} bytes (hardware.cache_bytes); expected 1 or more"
+            )
         self.folder = folder
         self.max_bytes = max_bytes
         self.patience = patience or Patience()
@@ -76,8 +79,12 @@ class ShardCache:
         name = local_name(shard)
         path = self.folder / f"{name}.arrow"
         self._make_folders()
+        # Waiting for a process that fetches it counts as trying: ranks that fail one after another would
+        # each wait for the whole time, and the others in a collective for all of them.
+        patience = replace(self.patience, since=time.monotonic())
+        holder = f"{shard.title}: waiting for another process or thread of this machine, which fetches it"
         while True:
-            with self._locks.shared(name):
+            with self._locks.shared(name, holder):
                 if _is_whole(path, shard):
                     with suppress(PermissionError):  # a file of another user: its place in the queue stays
                         os.utime(path)
@@ -85,7 +92,7 @@ class ShardCache:
                     return
             with self._locks.exclusive(name):
                 if not _is_whole(path, shard):
-                    self._bring(shard, name, path)
+                    self._bring(shard, name, path, patience)
                     # Held on exclusively: between two locks the file could be evicted again.
                     yield path
                     return
@@ -118,7 +125,7 @@ class ShardCache:
         with self._locks.exclusive("space"):
             return sum(size for _, size, _ in self._whole()) + self._promised()
 
-    def _bring(self, shard: RemoteShard, name: str, path: Path) -> None:
+    def _bring(self, shard: RemoteShard, name: str, path: Path, patience: Patience) -> None:
         """Fetch a shard whose lock is ours."""
         partial = self.folder / "partial"
         arrow, parquet = partial / f"{name}.part", partial / f"{name}.parquet"
@@ -127,9 +134,9 @@ class ShardCache:
                 self._remove_partial(name)  # of a process that was killed
                 self._reserve(shard, name, shard.needs)
                 if shard.hash is not None:
-                    fetch_checked(shard.title, shard.url, shard.bytes, shard.hash, arrow, self.patience)
+                    fetch_checked(shard.title, shard.url, shard.bytes, shard.hash, arrow, patience)
                 else:
-                    fetch_parquet(shard, parquet, self.patience)
+                    fetch_parquet(shard, parquet, patience)
                     room = _Growing(self, shard, name)
                     convert_parquet(shard, parquet, arrow, room)
                     room.check()

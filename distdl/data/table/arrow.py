@@ -7,10 +7,13 @@ slower: it concatenates the column first.)
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +28,7 @@ from distdl.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from distdl.data.opening import Ready
+    from distdl.data.stream.remote_rows import RemoteRows
 
 _FILE_FORMAT = b"ARROW1"
 
@@ -35,9 +39,32 @@ class _File(NamedTuple):
     batches: list[pa.RecordBatch]
 
 
+Hold = Callable[[int], AbstractContextManager[Path]]
+"""File number -> where it lies on this machine, and stays inside the `with` block."""
+
+
+class _Mapped(NamedTuple):
+    """A file's memory map; `path` and `inode` tell whether the file is still there."""
+
+    buffer: pa.Buffer
+    path: str
+    inode: int
+
+    @property
+    def gone(self) -> bool:
+        """Whether the file was removed: its disk space is free once this map is."""
+        try:
+            return os.stat(self.path).st_ino != self.inode
+        except OSError:
+            return True
+
+
 @dataclass(frozen=True)
 class _Opened:
-    """What is known of the files opened so far. Replaced as a whole, so that readers need no lock."""
+    """What is known of the files that are open. Replaced as a whole, so that readers need no lock.
+
+    It has the maps that the numbers in `table` point into: whoever reads by them keeps it, and so the maps.
+    """
 
     starts: Int64
     """The first row of each record batch, ascending."""
@@ -45,13 +72,15 @@ class _Opened:
     """[record batches, slots]: see `distdl.data.table.columns`."""
     done: npt.NDArray[np.bool_]
     """Which files are open."""
+    maps: Mapping[int, _Mapped]
 
 
 class ArrowTable:
     """Arrow files (stream or file format, uncompressed), read by row number. Implements `Rows`.
 
     Memory: 8 to 24 bytes per record batch and column of the files opened so far. Safe to use from several
-    threads. Pickles as its file names, so that another process maps the same files again.
+    threads. Pickles as its file names, so that another process maps the same files again (but not with
+    `hold`).
     """
 
     def __init__(
@@ -59,11 +88,19 @@ class ArrowTable:
         files: Sequence[str | os.PathLike[str]],
         rows_per_file: Sequence[int] | None = None,
         columns: Sequence[str] | None = None,
+        *,
+        hold: Hold | None = None,
+        keep: int = 1,
+        head: int = 0,
     ) -> None:
         """`rows_per_file` is what the index says; None counts them, which opens every file at once.
 
         `columns`: names; `a.b` for a member of a struct, `a` for all of its members; None means all. Raises
         DataError for a column that does not exist or cannot be read, and a first file that is damaged.
+
+        Files that come and go are opened through `hold` (`files` are then names for people). At most `keep`
+        of them stay mapped, more only where one gather needs more; those used longest ago are let go first,
+        and any that was removed from the disk. The columns are those of file `head`, opened now.
         """
         self._files = [os.fspath(file) for file in files]
         if not self._files:
@@ -71,21 +108,25 @@ class ArrowTable:
         if rows_per_file is None:
             rows_per_file = [sum(b.num_rows for b in _open(file).batches) for file in self._files]
         self._arguments = (self._files, list(rows_per_file), columns)
+        self._hold, self._keep, self._head = hold, keep, self._files[head]
         self._file_starts = np.cumsum([0, *rows_per_file], dtype=np.int64)
-        self._schema = _flat(_open(self._files[0]).schema)
+        self._schema = _flat(self._map(head)[0].schema)
         self._readers: dict[str, Reader] = {}
-        for name in choose(self._schema.names, columns, self._files[0]):
+        for name in choose(self._schema.names, columns, self._head):
             self._readers[name] = self._reader(name)
         slots = sum(r.slots for r in self._readers.values())
         self._lock = threading.Lock()
-        self._maps: dict[int, pa.Buffer] = {}
+        self._uses = itertools.count()
+        self._used: dict[int, int] = {}
         none = np.zeros(len(self._files), np.bool_)
-        self._opened = _Opened(np.empty(0, np.int64), np.empty((0, slots), np.int64), none)
+        self._opened = _Opened(np.empty(0, np.int64), np.empty((0, slots), np.int64), none, {})
 
     def __len__(self) -> int:
         return int(self._file_starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._hold is not None:
+            raise TypeError("a table of files that come and go has no meaning in another process")
         return type(self), self._arguments
 
     @property
@@ -115,7 +156,7 @@ class ArrowTable:
 
         All arguments are int64 [n]. Raises DataError for a column without lengths or an end beyond its row.
         """
-        found = self._readers[choose(self.columns, [column], self._files[0])[0]]
+        found = self._readers[choose(self.columns, [column], self._head)[0]]
         if not isinstance(found, Varying):
             raise DataError(f"column {column!r} has rows of one size; expected a sequence column")
         opened, batches, rows = self._locate(ids)
@@ -133,8 +174,11 @@ class ArrowTable:
         ids = np.asarray(ids, dtype=np.int64)
         check_ids(ids, len(self))
         opened = self._opened
-        if not opened.done.all():
+        if self._hold is not None or not opened.done.all():
             files = np.searchsorted(self._file_starts, ids, side="right") - 1
+            if self._hold is not None:
+                files = np.unique(files)
+                self._used.update((file, next(self._uses)) for file in files.tolist())
             if not opened.done[files].all():
                 opened = self._open(np.unique(files))
         batches = np.searchsorted(opened.starts, ids, side="right") - 1
@@ -143,9 +187,10 @@ class ArrowTable:
     def _open(self, files: Int64) -> _Opened:
         with self._lock:
             opened = self._opened
-            starts, rows, done = [], [], opened.done.copy()
+            starts, rows, done, maps = [], [], opened.done.copy(), dict(opened.maps)
             for number in files[~done[files]].tolist():
-                for start, noted in self._note(number):
+                file, maps[number] = self._map(number)
+                for start, noted in self._note(number, file):
                     starts.append(start)
                     rows.append(noted)
                 done[number] = True
@@ -154,31 +199,54 @@ class ArrowTable:
                 table = np.insert(
                     opened.table, where, np.array(rows, np.int64).reshape(len(rows), -1), axis=0
                 )
-                opened = _Opened(np.insert(opened.starts, where, starts), table, done)
+                opened = _Opened(np.insert(opened.starts, where, starts), table, done, maps)
+            if self._hold is not None:
+                opened = self._without(opened, self._dispensable(opened, files))
             self._opened = opened
             return opened
 
-    def _note(self, number: int) -> Iterable[tuple[int, list[int]]]:
+    def _map(self, number: int) -> tuple[_File, _Mapped]:
+        if self._hold is None:
+            name = self._files[number]
+            file = _open(name)
+            return file, _Mapped(file.mapped, name, 0)
+        with self._hold(number) as path:
+            file = _open(str(path), self._files[number])
+            return file, _Mapped(file.mapped, str(path), path.stat().st_ino)
+
+    def _dispensable(self, opened: _Opened, needed: Int64) -> list[int]:
+        """Files to let go of now that `needed` are open."""
+        others = sorted(set(opened.maps) - set(needed.tolist()), key=lambda n: self._used.get(n, -1))
+        surplus = max(0, len(opened.maps) - self._keep)
+        return others[:surplus] + [n for n in others[surplus:] if opened.maps[n].gone]
+
+    def _without(self, opened: _Opened, files: list[int]) -> _Opened:
+        """What stays known. The maps end when the last gather that uses them does."""
+        if not files:
+            return opened
+        kept, done = np.ones(len(opened.starts), np.bool_), opened.done.copy()
+        done[files] = False
+        for number in files:
+            first, last = np.searchsorted(opened.starts, self._file_starts[number : number + 2])
+            kept[first:last] = False
+        maps = {number: mapped for number, mapped in opened.maps.items() if done[number]}
+        return _Opened(opened.starts[kept], opened.table[kept], done, maps)
+
+    def _note(self, number: int, file: _File) -> Iterable[tuple[int, list[int]]]:
         """(first row, numbers of all columns) of each record batch of a file."""
-        file, start = self._files[number], int(self._file_starts[number])
-        mapped, schema, batches = _open(file)
-        self._check(number, _flat(schema), sum(batch.num_rows for batch in batches))
+        start = int(self._file_starts[number])
+        self._check(number, _flat(file.schema), sum(batch.num_rows for batch in file.batches))
         found = []
-        for batch in batches:
+        for batch in file.batches:
             if batch.num_rows:
                 columns = _flat_columns(batch)
-                found.append(
-                    (
-                        start,
-                        [
-                            n
-                            for name in self._readers
-                            for n in self._numbers(name, columns[name], mapped, number, start)
-                        ],
-                    )
-                )
+                noted = [
+                    n
+                    for name in self._readers
+                    for n in self._numbers(name, columns[name], file.mapped, number, start)
+                ]
+                found.append((start, noted))
                 start += batch.num_rows
-        self._maps[number] = mapped
         return found
 
     def _numbers(self, name: str, array: pa.Array, mapped: pa.Buffer, number: int, start: int) -> list[int]:
@@ -211,7 +279,7 @@ class ArrowTable:
             if found != self._schema.field(name).type:
                 raise DataError(
                     f"column {name!r} is {found} in {file} and {self._schema.field(name).type} in "
-                    f"{self._files[0]}; all files of a split need the same columns"
+                    f"{self._head}; all files of a split need the same columns"
                 )
 
     def _reader(self, name: str) -> Reader:
@@ -221,7 +289,7 @@ class ArrowTable:
         except ValueError as error:
             raise DataError(
                 f"column {name!r} has {error}, which cannot be gathered: numbers, booleans, strings, bytes, "
-                f"and lists of them can. Leave it out (columns=...), or convert it ({self._files[0]})."
+                f"and lists of them can. Leave it out (columns=...), or convert it ({self._head})."
             ) from error
 
     def _damaged(self, name: str, ids: Int64) -> DataError:
@@ -233,11 +301,14 @@ class ArrowTable:
         )
 
 
-def open_split(ready: Ready, split: str, columns: Sequence[str] | None = None) -> ArrowTable:
+def open_split(ready: Ready, split: str, columns: Sequence[str] | None = None) -> ArrowTable | RemoteRows:
     """Map one split of a dataset that is ready (`distdl.data.ready`), only the `columns` named (None: all).
 
-    Raises DataError for a split or column that does not exist or cannot be gathered, and for damaged files.
+    Of a remote one nothing is fetched yet; close it. Raises DataError for a split or column that does not
+    exist or cannot be gathered, and for damaged files.
     """
+    if ready.remote is not None:
+        return ready.remote.rows(split, columns)
     found = ready.split(split)
     return ArrowTable(found.files, found.rows, columns)
 
@@ -258,7 +329,7 @@ def choose(names: Sequence[str], columns: Sequence[str] | None, where: str) -> l
     return chosen
 
 
-def _open(file: str) -> _File:
+def _open(file: str, title: str = "") -> _File:
     try:
         with pa.memory_map(file) as mapped:
             buffer = mapped.read_buffer()
@@ -269,7 +340,7 @@ def _open(file: str) -> _File:
         with pa.ipc.open_stream(buffer) as stream:
             return _File(buffer, stream.schema, list(stream))
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable(title or file, error) from error
 
 
 def _unreadable(file: str, error: Exception) -> DataError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,6 +71,13 @@ def row_count(batch: Batch) -> int:
     if len(set(counts.values())) > 1:
         raise DataError(f"the columns of a batch have different numbers of rows: {counts}")
     return next(iter(counts.values()), 0)
+
+
+def close(rows: Rows) -> None:
+    """End what `rows` do in the background; those that are fetched while they are read do."""
+    end: Callable[[], None] | None = getattr(rows, "close", None)
+    if end is not None:
+        end()
 
 
 def check_ids(ids: npt.NDArray[np.int64], rows: int) -> None:
