@@ -11,9 +11,9 @@ from distdl.data.loading.loader import Loader, loader
 from distdl.data.loading.microbatches import Share, gather_microbatches
 from distdl.data.loading.prefetch import Prefetcher
 from distdl.data.loading.workers import Workers
-from distdl.data.opening import Ready, cache_folder, ready
+from distdl.data.opening import Ready, cache_folder, open_split, ready
 from distdl.data.order.kinds import Full, Order, make_order
-from distdl.data.table.arrow import ArrowTable, open_split
+from distdl.data.table.arrow import ArrowTable
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import ArrayRows, Batch, Rows
 from distdl.data.table.views import Concatenated, Packed

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from distdl.data.info import is_url
-from distdl.data.opening import Ready, ready
+from distdl.data.opening import Ready, open_split, ready
 from distdl.data.order.kinds import Order
-from distdl.data.table.arrow import ArrowTable, open_split
+from distdl.data.table.arrow import ArrowTable
 from distdl.data.table.memory import Int64
 from distdl.data.table.ragged import Allocate, Ragged
 from distdl.data.table.rows import Batch

@@ -12,9 +12,8 @@ import numpy.typing as npt
 import xxhash
 
 from distdl.data.info import describe, is_url
-from distdl.data.opening import Ready, ready
+from distdl.data.opening import Ready, open_split, ready
 from distdl.data.order.kinds import Order, make_order
-from distdl.data.table.arrow import open_split
 from distdl.data.table.rows import Rows
 from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distdl.data.catalogue import locate, title
 from distdl.data.folders import parquet_splits
-from distdl.data.index import INDEX_FILE, Index, SplitFiles, read_index, resolve
+from distdl.data.huggingface import columns_of
+from distdl.data.index import INDEX_FILE, Column, Index, SplitFiles, read_index, resolve
 from distdl.data.info import info_of, is_url
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.readers import source_of
 from distdl.data.prepare.run import prepare
 from distdl.data.saved import is_saved, saved_splits
+from distdl.data.table.arrow import ArrowTable
 from distdl.errors import DataError, nearest
 from distdl.plan import DataInfo
 
 if TYPE_CHECKING:
-    from distdl.data.stream.remote_rows import Access, Remote
+    from distdl.data.stream.remote_rows import Access, Remote, RemoteRows
 
 CACHE_VARIABLE = "DISTDL_CACHE"
 
@@ -134,3 +136,34 @@ def _check_size(path: str, expected: int, folder: Path) -> None:
             f"{path} has {size} bytes, and {folder / INDEX_FILE} says {expected}. `distdl data verify "
             f"{folder}` lists all that is wrong; prepare the dataset again."
         )
+
+
+def open_split(ready: Ready, split: str, columns: Sequence[str] | None = None) -> ArrowTable | RemoteRows:
+    """Map one split of a dataset that is ready, only the `columns` named (None: all).
+
+    Of a remote one nothing is fetched yet; close it. Raises DataError for a split or column that does not
+    exist or cannot be gathered, for damaged files, and for an index with other columns than its shards have.
+    """
+    if ready.remote is not None:
+        return ready.remote.rows(split, columns)
+    found = ready.split(split)
+    table = ArrowTable(found.files, found.rows, columns)
+    if ready.index is not None:
+        _check_columns(columns_of(table.stored_schema), ready.index.columns, found.files[0])
+    return table
+
+
+def _check_columns(stored: Mapping[str, Column], said: Mapping[str, Column], file: str) -> None:
+    for name in sorted({*stored, *said}):
+        if stored.get(name) != said.get(name):
+            raise DataError(
+                f"column {name!r} is {_words(stored.get(name))} in {file}, and {_words(said.get(name))} in "
+                "the index: they do not belong together. Prepare the dataset again, or copy it whole."
+            )
+
+
+def _words(column: Column | None) -> str:
+    if column is None:
+        return "missing"
+    shape = "".join(f"[{'varying' if n is None else n}]" for n in column.shape)
+    return f"{column.dtype}{shape}" + (f" of {len(column.classes)} classes" if column.classes else "")

@@ -10,11 +10,11 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 from distdl import errors
 from distdl.launch.agent import RunAgent, StoppedWhileDown
 from distdl.launch.rendezvous import LoopbackRendezvous
-from distdl.launch.server import code_of_a_stop
 from distdl.launch.worker import WorkOrder, work
 from distdl.plan import Plan
 from distdl.recipe import Recipe
 from distdl.record import RunDirectory
+from distdl.train.stop import code_of_a_stop
 
 
 def launch(recipe: Recipe, plan: Plan, directory: RunDirectory, *, allow_changed: bool) -> int:

@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 
-from distdl import errors
-from distdl.checkpoint.manifest import MANIFEST
-from distdl.checkpoint.read import step_directories
 from distdl.plan import Plan
 from distdl.record import RunDirectory
-from distdl.train.stop import REQUESTS
+from distdl.train.stop import REQUESTS, code_of_a_stop
 
 
 def start_server(plan: Plan, directory: RunDirectory) -> None:
@@ -39,12 +36,6 @@ def start_server(plan: Plan, directory: RunDirectory) -> None:
         signal.signal(number, lambda *_: os._exit(code))
     with requests_held():
         forkserver.ensure_running()
-
-
-def code_of_a_stop(directory: RunDirectory) -> int:
-    """The exit code of a run that is stopped while no worker trains: whether anything is saved decides."""
-    saved = any((p / MANIFEST).exists() for p in step_directories(directory.checkpoints))
-    return errors.STOPPED if saved else errors.STOPPED_BEFORE_START
 
 
 @contextmanager

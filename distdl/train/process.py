@@ -17,7 +17,6 @@ from distdl.comm import PeerFailed, together
 from distdl.comm.world import leave
 from distdl.data.feed import access_of
 from distdl.errors import DistdlError, Stopped
-from distdl.launch.server import code_of_a_stop
 from distdl.observe.failure import is_consequence, report_failure
 from distdl.observe.summary import show_summary
 from distdl.recipe import Recipe
@@ -29,7 +28,7 @@ from distdl.train.notices import Notices
 from distdl.train.resume import Resumed
 from distdl.train.session import Session
 from distdl.train.setup import Opening, enter_world, open_session
-from distdl.train.stop import StopFlag
+from distdl.train.stop import StopFlag, code_of_a_stop
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,11 @@ import os
 import signal
 from types import FrameType
 
+from distdl import errors
+from distdl.checkpoint.manifest import MANIFEST
+from distdl.checkpoint.read import step_directories
+from distdl.record import RunDirectory
+
 # Under nohup a hang-up is ignored, and stays so.
 _HANG_UP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *_HANG_UP)
@@ -39,3 +44,9 @@ class StopFlag:
     def requested(self) -> bool:
         """True once any of the signals has come."""
         return self.signal is not None
+
+
+def code_of_a_stop(directory: RunDirectory) -> int:
+    """The exit code of a run that is stopped while no worker trains: whether anything is saved decides."""
+    saved = any((p / MANIFEST).exists() for p in step_directories(directory.checkpoints))
+    return errors.STOPPED if saved else errors.STOPPED_BEFORE_START

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distdl.data.table import memory
-from distdl.data.table.arrow import ArrowTable
+from distdl.data.table.arrow import ArrowTable, _Opened
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import ArrayRows
 from distdl.errors import DataError
@@ -315,3 +315,11 @@ def test_damaged_offsets_are_found_before_they_are_followed(tmp_path: Path, valu
     file.write_bytes(data.replace(offsets.tobytes(), broken.tobytes()))
     with pytest.raises(DataError, match=f"column 'x'.*offsets point outside.*{file}"):
         ArrowTable([file], [4]).gather(np.arange(4))
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(0, 2**32 - 1))
+def test_the_record_batch_of_a_row_is_found_whatever_their_sizes(sizes: list[int], seed: int) -> None:
+    starts = np.cumsum([0, *sizes], dtype=np.int64)
+    opened = _Opened(starts[:-1], np.empty((len(sizes), 0), np.int64), np.ones(1, np.bool_), {})
+    ids = np.random.default_rng(seed).integers(0, starts[-1], 200)
+    assert np.array_equal(opened.batches_of(ids), np.searchsorted(starts, ids, side="right") - 1)

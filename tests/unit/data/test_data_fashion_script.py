@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distdl.data.info import describe
-from distdl.data.opening import ready
-from distdl.data.table.arrow import open_split
+from distdl.data.opening import open_split, ready
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = {

@@ -19,11 +19,10 @@ import pytest
 
 from distdl.data.index import INDEX_FILE, read_index
 from distdl.data.info import describe
-from distdl.data.opening import Ready, cache_folder, ready
+from distdl.data.opening import Ready, cache_folder, open_split, ready
 from distdl.data.prepare.inspect import verify
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
-from distdl.data.table.arrow import open_split
 from distdl.errors import DataError, EnvironmentProblem
 from distdl.testing.faults import InjectedFault, fail_at
 

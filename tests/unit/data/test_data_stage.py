@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from distdl.data.index import read_index
-from distdl.data.opening import ready
+from distdl.data.opening import open_split, ready
 from distdl.data.prepare.inspect import verify
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.data.prepare.stage import stage
-from distdl.data.table.arrow import open_split
 from distdl.errors import DataError
 
 
