@@ -102,6 +102,11 @@ CATALOGUE: dict[str, Entry] = {
 """Name -> entry."""
 
 
+def data_folder(environ: Mapping[str, str]) -> Path:
+    """Where prepared datasets are looked for by name: `$DISTDL_DATA`, or ./data."""
+    return Path(environ.get(DATA_VARIABLE) or "data").expanduser()
+
+
 def locate(name: str | None, path: str | Path | None, environ: Mapping[str, str] = os.environ) -> Path:
     """The folder of the dataset `name` (a catalogue name or hub id) or `path`; give exactly one.
 
@@ -131,7 +136,7 @@ def locate(name: str | None, path: str | Path | None, environ: Mapping[str, str]
         )
     if entry is not None and entry.embedded is not None:
         return entry.embedded
-    folder = Path(environ.get(DATA_VARIABLE) or "data").expanduser() / name
+    folder = data_folder(environ) / name
     if not folder.is_dir():
         raise DataError(
             f"the dataset {name!r} is not prepared: there is no folder {folder}. Run this once, where "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from distdl.data.catalogue import data_folder
 from distdl.data.info import describe, is_url
 from distdl.data.opening import Ready, open_split, ready
 from distdl.data.order.kinds import Order, make_order
+from distdl.data.table.arrow import choose
 from distdl.data.table.rows import Rows
 from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError
@@ -34,7 +37,15 @@ def describe_data(data: Data, access: Access | None = None) -> DataInfo:
                 f"data.mixture: {source} has no split {data.train_split!r} to train on; it has "
                 f"{', '.join(sorted(part.rows))}"
             )
-    return merge(parts, list(data.mixture or ()))
+    return merge([_narrowed(part, data) for part in parts], list(data.mixture or ()))
+
+
+def _narrowed(info: DataInfo, data: Data) -> DataInfo:
+    """Only the columns that the recipe reads."""
+    if data.columns is None:
+        return info
+    names = choose(list(info.fields), data.columns, info.name)
+    return replace(info, fields={name: info.fields[name] for name in names})
 
 
 def access_of(
@@ -77,7 +88,7 @@ class Feed:
     @property
     def info(self) -> DataInfo:
         """What it is, from the indexes."""
-        return merge([part.info for part in self.parts], list(self.data.mixture or ()))
+        return merge([_narrowed(part.info, self.data) for part in self.parts], list(self.data.mixture or ()))
 
     def rows(self, split: str) -> Rows:
         """The rows of `split`: those of all parts that have it, end to end; packed if the recipe says so.
@@ -85,7 +96,7 @@ class Feed:
         Close them (`distdl.data.table.rows.close`): remote ones have threads.
         """
         parts = [part for part in self.parts if split in part.info.rows]
-        tables = [open_split(part, split) for part in parts or self.parts]
+        tables = [open_split(part, split, self.data.columns) for part in parts or self.parts]
         rows: Rows = tables[0] if len(tables) == 1 else Concatenated(tables)
         if self.data.order != "packed":
             return rows
@@ -133,8 +144,10 @@ def named(data: Data) -> list[tuple[str | None, str | None]]:
 
 
 def is_path(source: str) -> bool:
-    """A mixture's key is a path where it has a separator or exists; else it is a catalogue name."""
-    return "/" in source or Path(source).expanduser().exists()
+    """A mixture's key is a path where it exists, is a URL or has a separator and is not in `$DISTDL_DATA`."""
+    if "://" in source or Path(source).expanduser().exists():
+        return True
+    return "/" in source and not (data_folder(os.environ) / source).exists()
 
 
 def from_anywhere(data: Data) -> Data:
@@ -148,7 +161,11 @@ def from_anywhere(data: Data) -> Data:
 
 
 def load_offsets(file: Path) -> npt.NDArray[np.int64]:
-    found: npt.NDArray[np.int64] = np.load(file, mmap_mode="r", allow_pickle=False)
+    """Offsets of a sequence column, mapped. Raises DataError for a damaged file."""
+    try:
+        found: npt.NDArray[np.int64] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}. Prepare the dataset again.") from error
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from distdl.plan import DataInfo
 
 if TYPE_CHECKING:
     from distdl.data.stream.remote_rows import Access, Remote, RemoteRows
+
+_log = logging.getLogger(__name__)
+
+_WORTH_A_WORD = 64 * 2**20
 
 CACHE_VARIABLE = "DISTDL_CACHE"
 
@@ -99,6 +104,8 @@ def ready(name: str | None, path: str | Path | None, access: Access | None = Non
     info = info_of(source_of(files, "parquet"), files, title(name, path))
     cached = cache_folder(os.environ) / "datasets" / info.fingerprint
     if not (cached / INDEX_FILE).is_file():
+        if sum(file.stat().st_size for found in files.values() for file in found) > _WORTH_A_WORD:
+            _log.warning("preparing %s once, in %s: this takes a while", folder, cached)
         options = Options(decode=False, workers=1, wait=True, name=info.name)
         prepare(str(folder), cached, options, source=source_of(files, "parquet"))
     return Ready(info, cached, _cached_index(cached, info), {})

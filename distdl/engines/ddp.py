@@ -65,7 +65,11 @@ class DdpEngine:
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         images = torch.channels_last if self.channels_last else torch.contiguous_format
         return {
-            name: t.to(self.device, memory_format=images if t.ndim == 4 else torch.preserve_format)
+            name: t.to(
+                self.device,
+                non_blocking=True,
+                memory_format=images if t.ndim == 4 else torch.preserve_format,
+            )
             for name, t in batch.items()
         }
 

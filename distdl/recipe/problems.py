@@ -131,6 +131,8 @@ def describe(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "object":
         return f"a mapping of names, each to {describe(schema['additionalProperties'])}"
+    if kind == "array" and "items" in schema:
+        return f"a list, each {describe(schema['items'])}"
     if kind == "array":
         return f"a list of {schema['minItems']}, each {describe(schema['prefixItems'][0])}"
     names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}

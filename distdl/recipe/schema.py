@@ -99,6 +99,9 @@ class Data(Section):
     mixture: dict[Text, float] | None = Field(
         None, description="Name or path of each dataset, and its share of the samples; shares add up to 1."
     )
+    columns: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description="Columns to read. Null: all of them."
+    )
     train_split: Text = Field("train", description="Split to train on.")
     eval_split: Text = Field("test", description="Split to evaluate on.")
     shuffle: bool = Field(True, description="Visit the samples in another random order in each epoch.")

@@ -86,11 +86,17 @@ class Batches:
         self._look_ahead(step)
         wanted = self._plan.microbatches_of(step, self._rank)
         found = self._from_workers(step) if self._workers else self._gather(step)
-        batches = [self._task.collate(Columns(rows)) for rows in found]
+        batches = [self._pinned(self._task.collate(Columns(rows))) for rows in found]
         return [
             Micro(m.number, batch, whole_count(self._task.count(batch)), m.weight)
             for m, batch in zip(wanted, batches, strict=True)
         ]
+
+    def _pinned(self, batch: Batch) -> Batch:
+        """In page-locked memory on CUDA, from which the GPU copies while the program goes on."""
+        if self._plan.device != "cuda":
+            return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
     def _share(self, step: int) -> list[tuple[int, int, int]]:
         return [(m.number, m.start, m.stop) for m in self._plan.microbatches_of(step, self._rank)]

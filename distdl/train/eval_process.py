@@ -63,7 +63,7 @@ def _evaluate(
     world, plan, _ = enter_world(recipe, topology)
     chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
     path = Path(world.from_main(chosen))
-    feed = prepare_data(recipe, world, topology, access_of(recipe))
+    feed = prepare_data(recipe, world, access_of(recipe))
     task, engine = together(world, lambda: build(recipe, plan, world, topology, feed.info))
     together(world, lambda: _load(engine, path))
     rows = together(world, lambda: feed.rows(recipe.data.eval_split))

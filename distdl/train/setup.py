@@ -64,7 +64,7 @@ def open_session(
     """
     recipe, plan, world = o.recipe, o.plan, o.world
     access = access_of(recipe, o.notices, lambda: o.stop.requested)
-    feed = prepare_data(recipe, world, o.topology, access)
+    feed = prepare_data(recipe, world, access)
     task, engine = together(world, lambda: build(recipe, plan, world, o.topology, feed.info))
     identity = Identity(recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint)
     resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
@@ -106,6 +106,10 @@ def enter_world(
     try:
         info = describe_data(recipe.data, access or access_of(recipe))
         plan = make_plan(recipe, topology, info)
+        if not info.remote:
+            # Before the group exists: no one waits in a collective, and so up to its time-out, for a large
+            # dataset to be prepared. Ranks of a node wait for the one that does it, as long as it takes.
+            Feed.open(recipe.data)
         torch.set_num_threads(plan.threads)
         if plan.device == "cuda":
             if not torch.cuda.is_available():
@@ -124,9 +128,8 @@ def enter_world(
     return world, plan, info
 
 
-def prepare_data(recipe: Recipe, world: World, topology: Topology, access: Access | None = None) -> Feed:
-    """Collective. One rank a node prepares the data, then all open them; remote ones as `access` says."""
-    together(world, lambda: Feed.open(recipe.data, access) if topology.local_rank == 0 else None)
+def prepare_data(recipe: Recipe, world: World, access: Access | None = None) -> Feed:
+    """Collective. Open the data, which `enter_world` has prepared; remote ones as `access` says."""
     return together(world, lambda: Feed.open(recipe.data, access))
 
 
