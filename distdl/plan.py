@@ -237,7 +237,8 @@ def _order(recipe: Recipe, data: DataInfo) -> str:
     if data.remote and kind not in ("block", "sequential"):
         raise PlanError(
             f"data.order = {kind!r} would fetch shards of {data.name!r} again and again, in any order: use "
-            "data.order=block, which reads a few at a time, or copy the data here first (`distdl data stage`)"
+            "data.order=block, which reads a few at a time, or copy the folder here first with the store's "
+            "own tool, or prepare it locally (`distdl data prepare`)"
         )
     return kind
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distdl import errors
-from distdl.data.prepare.inspect import head, summary, summary_lines, verify
+from distdl.data.prepare.inspect import head, summary, summary_lines, unchecked, verify
 from distdl.data.prepare.options import MAX_SHARD_BYTES, Options
 from distdl.data.prepare.run import prepare
 from distdl.data.prepare.stage import stage
@@ -101,7 +101,11 @@ def verify_command(folder: Folder) -> int:
     """Read every byte and compare it with the index; lists all that is wrong and ends with 5."""
     index = verify(folder)
     files = len(list(index.files()))
-    _print([f"{folder} is whole: {files} files, {sum(s.rows for s in index.splits.values()):,} rows"])
+    rows = sum(s.rows for s in index.splits.values())
+    if away := unchecked(folder, index):
+        _print([f"{folder}: {files - away} of {files} files are whole; {away} lie behind URLs: not checked"])
+    else:
+        _print([f"{folder} is whole: {files} files, {rows:,} rows"])
     return errors.DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,11 @@ class ShardedDataset:
         return len(self._table)
 
     @property
+    def fingerprint(self) -> str:
+        """A name for the rows of this split."""
+        return f"{self.info.fingerprint}/{self.split}"
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns that are gathered."""
         return self._table.columns
@@ -73,6 +79,17 @@ class ShardedDataset:
         if isinstance(self._table, ArrowTable):
             return
         self._table.look_ahead(order, epoch, start, stop, again=again)
+
+    def again(self) -> ShardedDataset:
+        """The same rows for one more reader, who closes it without closing this one.
+
+        Remote data share the cache, and each reader fetches for itself; others are this very object.
+        """
+        if isinstance(self._table, ArrowTable):
+            return self
+        twin = copy.copy(self)
+        twin._table = copy.copy(self._table)
+        return twin
 
     def close(self) -> None:
         """Give up what is being fetched. Data on this machine need no closing."""

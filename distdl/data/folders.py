@@ -59,20 +59,25 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 def split_of(file: Path) -> str:
     """The split that a file's name gives. Raises DataError where it gives none."""
-    stem = file.stem
+    stem = _stem(file)
     match = _SHARD.fullmatch(stem) or _USUAL.fullmatch(stem)
     split = match["split"] if match else stem
     if not _SPLIT.fullmatch(split):
         raise DataError(
             f"the name of {file} gives no split: {split!r} holds more than letters, digits and '_'. "
-            f"Expected {patterns(file.suffix)}; rename the file or move it away."
+            f"Expected {patterns(file.name.removeprefix(stem))}; rename the file or move it away."
         )
     return split
 
 
+def _stem(file: Path) -> str:
+    """The name without its suffix, which is two where the file is compressed: .csv.gz."""
+    return Path(file.name.removesuffix(".gz")).stem
+
+
 def _check_shards(split: str, files: list[Path]) -> None:
     """A download that stopped half-way leaves complete files, but not all of them."""
-    shards = [m for m in (_SHARD.fullmatch(f.stem) for f in files) if m]
+    shards = [m for m in (_SHARD.fullmatch(_stem(f)) for f in files) if m]
     present = sorted(int(m["number"]) for m in shards)
     totals = sorted({int(m["total"]) for m in shards})
     if not shards or (len(shards) == len(files) and present == list(range(totals[0])) and len(totals) == 1):

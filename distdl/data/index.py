@@ -143,7 +143,7 @@ def read_index(folder: Path) -> Index:
     """The index of a prepared dataset. Raises DataError where it is missing, damaged or another version."""
     path = folder / INDEX_FILE
     try:
-        return parse_index(path.read_text(), str(path))
+        return parse_index(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
@@ -152,8 +152,11 @@ def read_index(folder: Path) -> Index:
         ) from error
 
 
-def parse_index(text: str, where: str) -> Index:
-    """The index in `text`, which came from `where`. Raises DataError."""
+def parse_index(text: str, where: str, *, remote: bool = False) -> Index:
+    """The index in `text`, which came from `where`; one that is `remote` may name files beside it only.
+
+    Raises DataError.
+    """
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -168,11 +171,31 @@ def parse_index(text: str, where: str) -> Index:
     _check_own_hash(text, where)
     found.pop("index_hash", None)
     try:
-        return Index.model_validate(found)
+        index = Index.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise DataError(f"{where} is damaged at {key}: {first['msg']}. Prepare the dataset again.") from error
+    _check_places(index, where, remote)
+    return index
+
+
+def _check_places(index: Index, where: str, remote: bool) -> None:
+    """A relative path stays in the dataset's folder; whoever can write on a server names no other files."""
+    for name in index.splits:
+        if "/" in name or name in ("", ".", ".."):
+            raise DataError(f"{where} has a split named {name!r}: the name of a folder beside it is expected")
+    for file in (each.file for each in index.files()):
+        if is_relative(file):
+            wrong = not file or file.startswith("~") or ".." in file.split("/")
+            expected = "a relative path leads to files below the index, without '..' and '~'"
+        else:
+            wrong = remote
+            expected = "an index behind a URL names files relative to itself only"
+        if wrong:
+            raise DataError(
+                f"{where} names the file {file!r}: {expected}. Copy or prepare the dataset again."
+            )
 
 
 def _check_own_hash(text: str, where: str) -> None:
@@ -187,9 +210,14 @@ def _hash_text(text: str) -> str:
 
 def resolve(folder: str | os.PathLike[str], file: str) -> str:
     """Where a file of an index in `folder` (a path or a URL) lies: absolute paths and URLs stand as is."""
-    if "://" in file or os.path.isabs(file):
+    if not is_relative(file):
         return file
     return f"{os.fspath(folder).rstrip('/')}/{file}"
+
+
+def is_relative(file: str) -> bool:
+    """Whether a file of an index is named relative to it: neither an absolute path nor a URL."""
+    return "://" not in file and not os.path.isabs(file)
 
 
 def hash_file(path: Path, chunk_bytes: int = 4 * 2**20) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import xxhash
 
 from distdl.data.catalogue import locate, title
 from distdl.data.folders import Splits, parquet_splits
-from distdl.data.huggingface import as_converted, fields_of
+from distdl.data.huggingface import array_shape, as_converted, columns_of, fields_of, read_features
 from distdl.data.index import INDEX_FILE, read_index
 from distdl.data.prepare.readers import Source, source_of
 from distdl.data.saved import is_saved, saved_splits
@@ -50,8 +52,11 @@ def describe(name: str | None, path: str | Path | None, patience: Patience | Non
 
 
 def info_of(source: Source, files: Splits, name: str) -> DataInfo:
-    """`describe` for files already found and looked at."""
+    """`describe` for files already found and looked at. Raises DataError for Arrow files whose rows are
+    promised one shape and are stored as lists that vary."""
     # Parquet is converted before it is trained on; Arrow files are used as they are.
+    if any(piece.format == "arrow" for found in source.splits.values() for piece in found):
+        _require_fixed_rows(source.schema, files)
     parquet = any(piece.format == "parquet" for found in source.splits.values() for piece in found)
     return DataInfo(
         name=name,
@@ -59,6 +64,22 @@ def info_of(source: Source, files: Splits, name: str) -> DataInfo:
         fields=fields_of(as_converted(source.schema) if parquet else source.schema),
         fingerprint=fingerprint(source, files),
     )
+
+
+def _require_fixed_rows(schema: pa.Schema, files: Splits) -> None:
+    """`save_to_disk` stores Array2D .. Array5D as lists of varying length: not gathered as arrays."""
+    features, columns = read_features(schema), columns_of(schema)
+    for name in schema.names:
+        shape = array_shape(features.get(name))
+        if shape and None not in shape and name in columns and None in columns[name].shape:
+            folder = os.path.commonpath(
+                [file.parent.absolute() for found in files.values() for file in found]
+            )
+            raise DataError(
+                f"column {name!r} of {folder} is an array of {' x '.join(map(str, shape))}, and is stored as "
+                "lists of varying length, as `datasets` does: it cannot be read by rows of that shape. "
+                f"Prepare the folder:  distdl data prepare {folder} --out DIR  and train on DIR."
+            )
 
 
 def fingerprint(source: Source, files: Splits) -> str:

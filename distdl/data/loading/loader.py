@@ -18,7 +18,7 @@ from distdl.data.loading.tensors import Pad, Pinned, to_tensor_parts, to_tensors
 from distdl.data.loading.workers import Workers
 from distdl.data.order.kinds import Order, make_order
 from distdl.data.table.ragged import Ragged
-from distdl.data.table.rows import Batch, Rows
+from distdl.data.table.rows import Batch, Rows, again, close, fingerprint
 from distdl.errors import DataError
 from distdl.keys import key
 
@@ -59,11 +59,14 @@ def loader(
     `rank`, `world_size`: those of torch.distributed where it is initialised, else 0 of 1.
     `transform(columns, key)` changes a rank's batch, key = (seed, epoch, position of its first row): in the
     prefetching thread, or in `workers` processes, with the same result. `prefetch` is how many batches are
-    kept ready (0: none, no thread). `pin_memory` has no effect without CUDA. `pad`: see `to_tensors`.
+    kept ready. 0: none, and no thread but those of `workers`. None: 2 with `workers` or CUDA; else batches
+    are made when asked for, and one thread computes the order ahead. `pin_memory` has no effect without CUDA.
+    `pad`: see `to_tensors`. Remote data are read with threads of the loader's own, which `close` ends.
 
     Raises DataError for arguments that do not fit together or do not fit the data.
     """
     rank, world_size = _place_in_world(rank, world_size)
+    order_ahead = prefetch != 0
     if prefetch is None:
         prefetch = 2 if workers or _cuda() else 0
     _check_numbers(batch_size, workers, prefetch)
@@ -78,8 +81,9 @@ def loader(
             + (": set drop_last=False, or a smaller batch_size" if order.rows else "; the dataset is empty")
         )
     steps = Steps(used, batch_size, rank, world_size)
-    pool = Workers(dataset, transform, workers) if workers and transform is not None else None
-    return Loader(dataset, order, steps, seed, transform, pool, workers, prefetch, pin_memory, pad)
+    rows = again(dataset)
+    pool = Workers(rows, transform, workers) if workers and transform is not None else None
+    return Loader(rows, order, steps, seed, transform, pool, workers, prefetch, pin_memory, pad, order_ahead)
 
 
 class Loader:
@@ -102,13 +106,14 @@ class Loader:
         prefetch: int,
         pin_memory: bool,
         pad: Pad,
+        order_ahead: bool = True,
     ) -> None:
-        """See `loader`, which checks what is given here."""
+        """See `loader`, which checks what is given here. `rows` are closed with the loader."""
         self._rows, self._order, self._seed = rows, order, seed
         self._transform, self._pool, self._pin, self._pad = transform, pool, pin_memory, pad
         self._look_ahead: Callable[[Order, int, int, int], None] | None = getattr(rows, "look_ahead", None)
         self._in_flight = workers * max(prefetch, 1) + prefetch
-        self._prefetch = prefetch
+        self._prefetch, self._order_ahead = prefetch, int(order_ahead)
         self._closed = False
         self._ahead: Prefetcher[Tensors] | None = None
         self._sent: Prefetcher[Future[Batch]] | None = None
@@ -166,11 +171,16 @@ class Loader:
         self._stand(Steps(old.used, old.batch, old.rank, old.world_size, epoch, samples))
 
     def close(self) -> None:
-        """End the thread and the worker processes. May be called again."""
+        """End the threads and the worker processes, without waiting for a server. May be called again.
+
+        The dataset that `loader` was given can be read on: `ShardedDataset` and the views of it give each
+        loader rows of its own. Other `Rows` are closed, if they have a `close`.
+        """
         self._closed = True
-        # First the processes: the thread may be waiting for them.
+        # What the thread may be waiting for goes first.
         if self._pool is not None:
             self._pool.close()
+        close(self._rows)
         self._stop()
 
     def __enter__(self) -> Loader:
@@ -182,11 +192,9 @@ class Loader:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
-        info = getattr(self._rows, "info", None)
-        split = getattr(self._rows, "split", "")
         return {
             "rows": self._order.rows,
-            "fingerprint": f"{info.fingerprint}/{split}" if info is not None else f"{len(self._rows)} rows",
+            "fingerprint": fingerprint(self._rows),
             "seed": self._seed,
             "order": describe_order(self._order),
         }
@@ -197,10 +205,11 @@ class Loader:
         self._gathered = {}
 
     def _stop(self) -> None:
-        for prefetcher in (self._ahead, self._sent):
+        # Each one's thread asks the next.
+        for prefetcher in (self._ahead, self._sent, self._ordering):
             if prefetcher is not None:
                 prefetcher.close()
-        self._ahead = self._sent = None
+        self._ahead = self._sent = self._ordering = None
 
     def _next(self) -> Tensors:
         if self._closed:
@@ -262,7 +271,7 @@ class Loader:
         if self._ids[0] != chunk:
             if self._ordering is None:
                 self._ordering = Prefetcher(
-                    lambda c: self._ordered(range(c * together, (c + 1) * together)), 1
+                    lambda c: self._ordered(range(c * together, (c + 1) * together)), self._order_ahead
                 )
             self._ids = chunk, self._ordering.get(chunk)
         return self._ids[1][number]

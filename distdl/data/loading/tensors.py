@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import Batch
+from distdl.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,13 +53,14 @@ def to_tensors(batch: Batch, pad: Pad = 0, pinned: Pinned | None = None) -> dict
 
     A sequence column is padded to its longest row, [n, longest, ...], with its lengths (int64 [n]) under
     NAME_lengths; lists of lists, [n, most, longest], also have NAME_item_lengths [n, most]. Strings are a
-    list of `str`, bytes of `bytes`, nested as the rows are.
+    list of `str`, bytes of `bytes`, nested as the rows are. Raises DataError where one of these names is that
+    of another column.
     """
+    _check_names(batch)
     found: dict[str, Any] = {}
     for name, column in batch.items():
-        fill = pad.get(name, 0) if isinstance(pad, Mapping) else pad
         if isinstance(column, Ragged):
-            found.update(_ragged(name, column, fill, pinned))
+            found.update(_ragged(name, column, _fill(pad, name), pinned))
         else:
             found[name] = _tensor(column, pinned)
     return found
@@ -66,16 +68,43 @@ def to_tensors(batch: Batch, pad: Pad = 0, pinned: Pinned | None = None) -> dict
 
 def to_tensor_parts(batch: Batch, ends: Sequence[int], pad: Pad = 0) -> list[dict[str, Any]]:
     """`to_tensors` of the parts of `batch` that end at rows `ends`; cheaper for many small parts."""
+    _check_names(batch)
     parts: list[dict[str, Any]] = [{} for _ in ends]
     for name, column in batch.items():
         if isinstance(column, Ragged):
             for part, rows in zip(parts, column.parts(ends), strict=True):
-                part.update(to_tensors({name: rows}, pad))
+                part.update(_ragged(name, rows, _fill(pad, name), None))
         else:
             whole = _tensor(column, None)
             for part, start, stop in zip(parts, [0, *ends[:-1]], ends, strict=True):
                 part[name] = whole[start:stop]
     return parts
+
+
+def _check_names(batch: Batch) -> None:
+    """Refuse columns of which one would overwrite what is made of another."""
+    owners: dict[str, str] = dict.fromkeys(batch, "")
+    for name, column in batch.items():
+        for made in _made(name, column) if isinstance(column, Ragged) else ():
+            if made in owners:
+                raise DataError(
+                    f"the lengths of column {name!r} would be called {made!r}, as "
+                    + (f"those of column {owners[made]!r}" if owners[made] else f"column {made!r} is")
+                    + ". Rename one: `distdl data prepare --rename`, or a transform, does that."
+                )
+            owners[made] = name
+
+
+def _made(name: str, column: Ragged) -> list[str]:
+    """Names of the lengths that `_ragged` adds."""
+    if _is_text(column):
+        return []
+    inner = column.values
+    return [f"{name}_lengths", *(_made(f"{name}_item", inner) if isinstance(inner, Ragged) else ())]
+
+
+def _fill(pad: Pad, name: str) -> float:
+    return pad.get(name, 0) if isinstance(pad, Mapping) else pad
 
 
 def _ragged(name: str, column: Ragged, fill: float, pinned: Pinned | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from distdl.data.order.permutation import Ints, check_positions, check_rows, per
 from distdl.errors import DataError
 from distdl.keys import key
 
-WINDOW = 2**16
-"""Positions that `block` shuffles together where nothing else is said."""
+WINDOW = 10_000
+"""Positions that `block` shuffles together where nothing else is said; in recipes, too."""
 
 WINDOW_BATCHES = 200
 """Batches that `length_bucketed` sorts together where nothing else is said."""

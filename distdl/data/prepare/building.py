@@ -6,6 +6,7 @@ DIR.building/
   source/          rows of formats that pyarrow cannot read by number
   records/         one small JSON file for each shard that is whole
   dataset/         becomes DIR
+  replaced/        what --overwrite takes away, between two renames; a kill there leaves it the only copy
 """
 
 from __future__ import annotations
@@ -83,6 +84,13 @@ class Building:
         point("prepare.renamed")
         self.discard()
 
+    def restore(self) -> None:
+        """Put back what `publish` had taken away when it was killed before the new dataset stood there."""
+        replaced = self.folder / "replaced"
+        if replaced.exists() and not os.path.lexists(self.out):
+            replaced.rename(self.out)
+            fsync_path(self.out.parent)
+
     def discard(self) -> None:
         """Take this folder away, with all that is in it."""
         _remove(self.folder)
@@ -104,6 +112,8 @@ def building(out: Path, *, wait: bool) -> Iterator[Building]:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(made, wait)
     with file:
+        with disk_errors(out):
+            made.restore()
         yield made
 
 
@@ -111,7 +121,7 @@ def _lock(made: Building, wait: bool) -> IO[str]:
     while True:
         made.folder.mkdir(exist_ok=True)
         try:
-            file = open(made.folder / "lock", "a+")  # noqa: SIM115 - held open on purpose
+            file = open(made.folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open on purpose
         except FileNotFoundError:  # another process has just finished and removed the folder
             continue
         try:

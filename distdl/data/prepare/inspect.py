@@ -71,7 +71,7 @@ def summary_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def verify(folder: Path) -> Index:
-    """Read every byte of the dataset and compare it with the index.
+    """Read every byte of the dataset that lies on disks, and compare it with the index.
 
     Raises DataError that lists all files that are missing, of another size or hash, or hold other rows or
     columns than the index says.
@@ -88,6 +88,11 @@ def verify(folder: Path) -> Index:
             "Prepare or copy it again."
         )
     return index
+
+
+def unchecked(folder: Path, index: Index) -> int:
+    """How many files of `index` lie behind URLs, which `verify` does not read."""
+    return len({file.file for file in index.files() if "://" in resolve(folder, file.file)})
 
 
 def _problem(folder: Path, index: Index, file: DataFile) -> str | None:

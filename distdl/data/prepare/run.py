@@ -15,7 +15,7 @@ import xxhash
 
 from distdl import __version__
 from distdl.data.catalogue import CATALOGUE
-from distdl.data.index import INDEX_FILE, Index, read_index
+from distdl.data.index import INDEX_FILE, Index, hash_file, read_index
 from distdl.data.prepare.building import Building, building, check_free, check_room, disk_errors
 from distdl.data.prepare.draft import Draft, make_draft
 from distdl.data.prepare.finish import finish
@@ -23,6 +23,7 @@ from distdl.data.prepare.options import Options, with_entry
 from distdl.data.prepare.readers import Source
 from distdl.data.prepare.shards import Record, read_record, run_jobs
 from distdl.data.prepare.sources import Found, find, materialise
+from distdl.data.prepare.tokenize import tokenizer_file
 from distdl.errors import DistdlError
 from distdl.testing.faults import point
 
@@ -59,7 +60,8 @@ def prepare(
         check_free(out, options.overwrite)
     say = say or (lambda text: None)
     found = find(str(local) if local else _hub_id(given), options.config or _config(given))
-    job = _job(given, found, options)
+    with disk_errors(out):
+        job = _job(given, found, options)
     with building(out, wait=options.wait) as made, disk_errors(out):
         if options.wait and (out / INDEX_FILE).is_file():  # another process made it while we waited
             return read_index(out)
@@ -109,12 +111,14 @@ def _prepare(
 
 
 def _job(given: str, found: Found, options: Options) -> dict[str, Any]:
-    """All that the result follows from."""
+    """All that the result follows from; of a tokenizer that is a file, what stands in it."""
+    file = tokenizer_file(options.tokenizer) if options.tokenize else None
     return {
         "source": found.identity(),
         "given": given,
         "options": options.mathematics(),
         "version": _versions(),
+        **({"tokenizer": hash_file(file)} if file else {}),
     }
 
 

@@ -7,15 +7,12 @@ pyarrow does not read by row number (CSV, JSON, IDX, ...) first become Arrow str
 from __future__ import annotations
 
 import glob
-import os
-import socket
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -28,6 +25,7 @@ from distdl.data.prepare.readers import Piece, Source, in_tables, read_ids, sour
 from distdl.data.prepare.ts import read_ts, ts_schema, ts_table
 from distdl.data.prepare.writer import write_stream
 from distdl.data.saved import is_saved, saved_splits
+from distdl.data.stream.hub import cache_only, refusal
 from distdl.errors import DataError, EnvironmentProblem
 
 _SUFFIXES = {
@@ -38,7 +36,6 @@ _SUFFIXES = {
     "ts": (".ts",),
 }
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_PROBE_S = 5.0
 _UNROLLED_ROWS = 1024
 
 ACCEPTED = """a folder made by `distdl data prepare` or by `save_to_disk`;
@@ -227,40 +224,46 @@ def _with_datasets(found: Found, scratch: Path) -> Source:
     """CSV, JSON lines and text through the builders of `datasets`, whose cache is `scratch`."""
     # Escaped, because `datasets` reads `*`, `?` and `[` in a path as patterns.
     files = {s: [glob.escape(str(f.absolute())) for f in members] for s, members in found.files.items()}
+    cache = str(scratch / "datasets")
     first = next(iter(found.files.values()))[0]
-    options = {"sep": "\t"} if ".tsv" in first.suffixes else {}
-    loaded = _load(found.kind, str(first), data_files=files, cache_dir=str(scratch / "datasets"), **options)
-    return _arrow_files(loaded)
+    tabs = {_has_tabs(file) for members in files.values() for file in members}
+    if len(tabs) == 1:
+        options = {"sep": "\t"} if tabs == {True} else {}
+        loaded = _load(found.kind, str(first), data_files=files, cache_dir=cache, **options)
+        return source_of(_arrow_files(loaded), "arrow")
+    made: Splits = {}
+    for split, members in files.items():
+        for tab, group in groupby(members, _has_tabs):  # one separator a call
+            some = {split: list(group)}
+            options = {"sep": "\t"} if tab else {}
+            loaded = _load(found.kind, some[split][0], data_files=some, cache_dir=cache, **options)
+            made.setdefault(split, []).extend(_arrow_files(loaded)[split])
+    return source_of(made, "arrow")
+
+
+def _has_tabs(file: str) -> bool:
+    return file.endswith((".tsv", ".tsv.gz"))
 
 
 def _from_hub(found: Found) -> Source:
-    answers = _hub_answers()
+    problem = refusal()
     try:
-        with nullcontext() if answers else _offline():
-            return _arrow_files(_load(found.hub, found.hub, name=found.config))
+        with _offline() if problem else nullcontext():
+            return source_of(_arrow_files(_load(found.hub, found.hub, name=found.config)), "arrow")
     except DataError as error:
-        offline = "" if answers else " The hub does not answer, and the cache does not have it."
+        offline = f" The hub does not answer ({problem}), and the cache does not have it." if problem else ""
         raise DataError(
             f"{error}.{offline} Give files you have with --from FOLDER, or prepare it on a machine that "
             "reaches the hub and copy the folder here."
         ) from error
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
+def _offline() -> AbstractContextManager[None]:
     """Have `datasets` look in its cache only, at once, where it would retry for half a minute."""
     import datasets.config
     import huggingface_hub.constants
 
-    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True  # the variable of this name is read once, at import
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+    return cache_only(datasets.config, huggingface_hub.constants)
 
 
 def _load(builder: str, what: str, **arguments: Any) -> Any:
@@ -285,7 +288,7 @@ def _load(builder: str, what: str, **arguments: Any) -> Any:
             datasets.enable_progress_bars()
 
 
-def _arrow_files(loaded: Mapping[str, Any]) -> Source:
+def _arrow_files(loaded: Mapping[str, Any]) -> Splits:
     """The Arrow files in which `datasets` cached what it loaded. A table in memory would have none."""
     files = {
         str(split): [Path(entry["filename"]) for entry in dataset.cache_files]
@@ -295,28 +298,4 @@ def _arrow_files(loaded: Mapping[str, Any]) -> Source:
         raise EnvironmentProblem(
             "datasets keeps its tables in memory here; unset HF_DATASETS_IN_MEMORY_MAX_SIZE and try again"
         )
-    return source_of(files, "arrow")
-
-
-def _hub_answers() -> bool:
-    """Whether a connection to the hub, or to the proxy in front of it, is made within a few seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return False
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    proxy = os.environ.get(f"{endpoint.scheme}_proxy") or os.environ.get(f"{endpoint.scheme.upper()}_PROXY")
-    at = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}") if proxy else endpoint
-    answered = threading.Event()
-
-    def connect() -> None:
-        try:
-            port = at.port or (80 if at.scheme == "http" else 443)
-            with socket.create_connection((at.hostname or "", port), timeout=_PROBE_S):
-                answered.set()
-        except OSError:
-            pass
-
-    # In a thread, because looking up a name has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_PROBE_S)
-    return answered.is_set()
+    return files

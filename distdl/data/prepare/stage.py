@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from distdl.data.index import INDEX_FILE, DataFile, Index, Split, read_index, resolve
+from distdl.data.index import INDEX_FILE, DataFile, Index, Split, is_relative, read_index, resolve
 from distdl.data.prepare.building import building, check_room, disk_errors, is_prepared
 from distdl.data.prepare.run import Progress, Say
 from distdl.data.prepare.writer import fsync_path
@@ -92,7 +92,7 @@ def _there(index: Index, to: Path) -> bool:
 
 
 def _is_local(file: DataFile) -> bool:
-    return "://" not in file.file and not os.path.isabs(file.file)
+    return is_relative(file.file)
 
 
 def _same_size(path: Path, file: DataFile) -> bool:

@@ -10,12 +10,14 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from distdl.data.stream.hub import cache_only, refusal
 from distdl.errors import DataError, EnvironmentProblem
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
@@ -62,16 +64,22 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, min_count:
     return json.dumps(json.loads(tokenizer.to_str()), indent=1, ensure_ascii=False, sort_keys=False)
 
 
+def tokenizer_file(name: str) -> Path | None:
+    """The local file that the tokenizer `name` is: a tokenizer.json, or that of a folder; else None."""
+    path = Path(name).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    return path if name not in (*TRAINED, "none") and path.is_file() else None
+
+
 def load_tokenizer(name: str) -> str:
     """The JSON of an existing tokenizer: a tokenizer.json, a folder that has one, or a hub id.
 
     Raises DataError for a file that is not one, and for a hub that cannot be reached.
     """
-    path = Path(name).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_file(name)
     library = _library()
     try:
-        if path.is_file():
+        if path is not None:
             text = path.read_text(encoding="utf-8")
             library.Tokenizer.from_str(text)
             return text
@@ -79,13 +87,29 @@ def load_tokenizer(name: str) -> str:
             raise DataError(
                 f"the tokenizer {name} does not exist; expected {', '.join(TRAINED)}, a file or a hub id"
             )
-        return str(library.Tokenizer.from_pretrained(name).to_str())
+        return _from_hub(library, name)
     except DataError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for everything
         raise DataError(
             f"cannot load the tokenizer {name!r}: {error}. Expected {', '.join(TRAINED)}, a tokenizer.json, "
             "or the id of a model on the hub; without a network, copy its tokenizer.json here and name that."
+        ) from error
+
+
+def _from_hub(library: Any, name: str) -> str:
+    import huggingface_hub.constants
+
+    problem = refusal()
+    try:
+        with cache_only(huggingface_hub.constants) if problem else nullcontext():
+            return str(library.Tokenizer.from_pretrained(name).to_str())
+    except Exception as error:  # tokenizers raises bare Exception for everything
+        if not problem:
+            raise
+        raise DataError(
+            f"cannot load the tokenizer {name!r}: it is no local file, the hub does not answer ({problem}) "
+            "and the cache does not have it. Copy its tokenizer.json here and name that file."
         ) from error
 
 

@@ -122,7 +122,7 @@ def _open_prepared(url: str, patience: Patience) -> RemoteDataset | None:
     except Missing:
         return None
     try:
-        index = parse_index(raw.decode(), scrub(where))
+        index = parse_index(raw.decode("utf-8"), scrub(where), remote="://" in url)
     except UnicodeDecodeError as error:
         raise DataError(f"{scrub(where)} is damaged: {error}. Copy the dataset there again.") from error
     by_split: dict[str, tuple[RemoteShard, ...]] = {}
@@ -268,7 +268,7 @@ class _Memory:
 
     def _last(self) -> Mapping[str, Any] | None:
         try:
-            found = json.loads(self._file.read_text())
+            found = json.loads(self._file.read_text(encoding="utf-8"))
             return found if {"fingerprint", "when"} <= set(found) else None
         except (OSError, ValueError, TypeError):
             return None  # not there, or cut short by a crash: it only serves to word errors
@@ -276,7 +276,9 @@ class _Memory:
     def _write(self, found: Mapping[str, Any]) -> None:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as part:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self._file.parent, delete=False
+            ) as part:
                 json.dump(found, part)
             os.replace(part.name, self._file)
         except OSError as error:

@@ -176,7 +176,7 @@ class ShardCache:
             self._promise(name, size)
 
     def _promise(self, name: str, size: int) -> None:
-        (self.folder / "partial" / f"{name}.reserved").write_text(str(size))
+        (self.folder / "partial" / f"{name}.reserved").write_text(str(size), encoding="utf-8")
 
     def _make_room(self, size: int, promised: int) -> bool:
         """Evict the least recently used until `size` bytes fit the bound, and the disk. `space` is ours."""
@@ -219,7 +219,7 @@ class ShardCache:
                     self._remove_partial(path.stem)
                     continue
             with suppress(FileNotFoundError, ValueError):
-                total += int(path.read_text())
+                total += int(path.read_text(encoding="utf-8"))
         return total
 
     def _remove_partial(self, name: str) -> None:

@@ -8,9 +8,7 @@ Nothing is tried twice here: that is `distdl.data.stream.retry`.
 from __future__ import annotations
 
 import os
-import socket
 import threading
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,12 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.callbacks import Callback
 
-from distdl.data.stream.retry import CutShort, Stopped, TooLong, never, reason, scrub
+from distdl.data.stream.hub import refusal
+from distdl.data.stream.retry import CutShort, Stopped, TooLong, never, scrub
 from distdl.errors import DataError
 
 CONNECT_S = 10
 READ_S = 30
-_HUB_S = 5.0
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "oid", "mtime", "created")
 """What stores call the mark that changes with a file's contents, the most telling first."""
 
@@ -94,30 +92,12 @@ def download(url: str, target: Path, limit: int | None = None, stopped: Callable
 
 
 def require_reachable(url: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Raises DataError at once where `url` is on the Hugging Face hub and this machine cannot reach it.
-
-    Without this its library would wait and try again for minutes on a node without internet.
-    """
-    if not url.startswith("hf://"):
-        return
-    way_out = (
-        "Prepare or copy the dataset where there is a network (`distdl data prepare`, `distdl data stage`), "
-        "and give its folder or another URL here."
-    )
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        if environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE"):
-            raise DataError(f"{scrub(url)} is on the Hugging Face hub, and {name} is set. {way_out}")
-    hub = urlsplit(environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if urllib.request.getproxies().get(hub.scheme):
-        return  # no direct route is needed, and the proxy answers soon for itself
-    address = (hub.hostname or "huggingface.co", hub.port or (80 if hub.scheme == "http" else 443))
-    try:
-        socket.create_connection(address, timeout=_HUB_S).close()
-    except OSError as error:
+    """Raises DataError within seconds where `url` is on the Hugging Face hub, which cannot be reached."""
+    if url.startswith("hf://") and (problem := refusal(environ)):
         raise DataError(
-            f"{scrub(url)} is on the Hugging Face hub, and {address[0]}:{address[1]} cannot be reached from "
-            f"this machine: {reason(error)}. {way_out}"
-        ) from error
+            f"{scrub(url)} is on the Hugging Face hub, and {problem}. Prepare it where there is a network "
+            "(`distdl data prepare`), copy that folder to a place this machine reaches, and give it here."
+        )
 
 
 class _Watch(Callback):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from distdl.data.table.ragged import Allocate, Ragged
 from distdl.errors import DataError
@@ -41,6 +42,11 @@ class ArrayRows:
 
     def __len__(self) -> int:
         return self._rows
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for rows so many with such columns; what they hold does not enter."""
+        return digest(self._rows, *(f"{name!r}: {kind(column)}" for name, column in self._columns.items()))
 
     def gather(self, ids: npt.NDArray[np.int64], allocate: Allocate | None = None) -> Batch:
         """See `Rows.gather`."""
@@ -78,6 +84,35 @@ def close(rows: Rows) -> None:
     end: Callable[[], None] | None = getattr(rows, "close", None)
     if end is not None:
         end()
+
+
+def again(rows: Rows) -> Rows:
+    """`rows` for one more reader, who closes what this returns; `rows` themselves stay open by that.
+
+    Rows that have no `again` of their own are returned as they are.
+    """
+    make: Callable[[], Rows] | None = getattr(rows, "again", None)
+    return rows if make is None else make()
+
+
+def fingerprint(rows: Rows) -> str:
+    """A name for what `rows` hold, as far as they know it: at least for how many they are."""
+    found: str | None = getattr(rows, "fingerprint", None)
+    return f"{len(rows)} rows" if found is None else found
+
+
+def digest(*parts: object) -> str:
+    """32 hex digits that follow from `parts`, in words."""
+    return xxhash.xxh3_128_hexdigest("\n".join(map(str, parts)).encode())
+
+
+def kind(column: npt.NDArray[Any] | Ragged) -> str:
+    """What the rows of a column are, in words."""
+    if not isinstance(column, Ragged):
+        return f"{column.dtype} {list(column.shape[1:])}" if column.ndim > 1 else str(column.dtype)
+    if column.text is not None:
+        return "text" if column.text else "bytes"
+    return f"list of {kind(column.values)}"
 
 
 def check_ids(ids: npt.NDArray[np.int64], rows: int) -> None:

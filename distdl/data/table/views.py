@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from distdl.data.table.memory import allocate_plain
 from distdl.data.table.ragged import Allocate, Ragged, span_index
-from distdl.data.table.rows import Batch, Rows, check_ids
+from distdl.data.table.rows import Batch, Rows, again, check_ids, close, digest, fingerprint, kind
 from distdl.errors import DataError, nearest
 
 Ints = npt.NDArray[np.int64]
@@ -45,6 +46,22 @@ class Concatenated:
     def part_rows(self) -> list[int]:
         """Rows of each part, as order `weighted` needs them."""
         return [len(part) for part in self._parts]
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the rows, from those of the parts, in their order."""
+        return digest("concatenated", *map(fingerprint, self._parts), *self.part_rows)
+
+    def again(self) -> Concatenated:
+        """See `distdl.data.table.rows.again`."""
+        twin = copy.copy(self)
+        twin._parts = [again(part) for part in self._parts]
+        return twin
+
+    def close(self) -> None:
+        """Close the parts that need it (`distdl.data.table.rows.close`)."""
+        for part in self._parts:
+            close(part)
 
     def gather(self, ids: Ints, allocate: Allocate | None = None) -> Batch:
         """See `Rows.gather`. One gather in each part that `ids` touch."""
@@ -129,12 +146,33 @@ class Packed:
             f"{self._column}_segments": segments,
         }
 
-    def shard_rows(self, document_rows: Sequence[int]) -> list[int]:
-        """Packed rows that begin in each shard, from the documents of each: what order `block` needs."""
-        ends = np.cumsum([0, *document_rows], dtype=np.int64)
+    @property
+    def shard_rows(self) -> list[int] | None:
+        """Packed rows that begin in each shard, which is what order `block` needs; None where the rows that
+        hold the documents do not know their shards (as `ShardedDataset.shard_rows` does).
+        """
+        documents: Sequence[int] | None = getattr(self._rows, "shard_rows", None)
+        if documents is None:
+            return None
+        ends = np.cumsum([0, *documents], dtype=np.int64)
         begun = np.minimum(-(-self._offsets[ends] // self._length), len(self))
         rows: list[int] = np.diff(begun).tolist()
         return rows
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the rows, from that of the documents and how they are packed."""
+        return digest("packed", fingerprint(self._rows), self._column, self._length, self._total)
+
+    def again(self) -> Packed:
+        """See `distdl.data.table.rows.again`."""
+        twin = copy.copy(self)
+        twin._rows = again(self._rows)
+        return twin
+
+    def close(self) -> None:
+        """Close the documents' rows, if they need it (`distdl.data.table.rows.close`)."""
+        close(self._rows)
 
     def _spans(self, starts: Ints, stops: Ints) -> _Spans:
         """The parts of documents that make up tokens starts[i] .. stops[i] - 1, row after row."""
@@ -192,15 +230,7 @@ def _gather(rows: Rows, ids: Ints, allocate: Allocate | None) -> Batch:
 
 def _columns(rows: Rows) -> dict[str, str]:
     """Each column in words, told from a gather of no rows."""
-    return {name: _kind(column) for name, column in rows.gather(np.empty(0, dtype=np.int64)).items()}
-
-
-def _kind(column: npt.NDArray[Any] | Ragged) -> str:
-    if not isinstance(column, Ragged):
-        return f"{column.dtype} {list(column.shape[1:])}" if column.ndim > 1 else str(column.dtype)
-    if column.text is not None:
-        return "text" if column.text else "bytes"
-    return f"list of {_kind(column.values)}"
+    return {name: kind(column) for name, column in rows.gather(np.empty(0, dtype=np.int64)).items()}
 
 
 def _check_same(expected: dict[str, str], found: dict[str, str], number: int) -> None:

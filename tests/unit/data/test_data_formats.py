@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distdl.data.index import Index, resolve
+from distdl.data.index import Index, read_index, resolve
 from distdl.data.prepare.idx import read_idx
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
+from distdl.data.stream import hub
 from distdl.errors import DataError
 
 
@@ -338,7 +341,7 @@ def test_refusals(files: dict[str, str], options: dict[str, Any], says: str, tmp
 def test_a_hub_out_of_reach_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import distdl.data.prepare.sources as module
 
-    monkeypatch.setattr(module, "_hub_answers", lambda: False)
+    monkeypatch.setattr(module, "refusal", lambda: "no route in this test")
     start = time.perf_counter()
     with pytest.raises(DataError, match=r"nobody/nothing.*does not answer.*--from FOLDER.*copy the folder"):
         prepare("nobody/nothing", tmp_path / "out")
@@ -347,15 +350,87 @@ def test_a_hub_out_of_reach_is_said_at_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_probe_of_the_hub_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import distdl.data.prepare.sources as module
+    release = threading.Event()
+    monkeypatch.setattr(hub, "PROBE_S", 0.2)
+    out_of_reach(monkeypatch)
+    assert "127.0.0.1:9 cannot be reached from this machine" in hub.refusal()
 
-    monkeypatch.setattr(module, "_PROBE_S", 0.2)
-    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
-    assert not module._hub_answers()
+    def hang(*_: object, **__: object) -> None:
+        release.wait(60)
+        raise OSError
+
+    with monkeypatch.context() as slow:  # looking up a name has no time limit of its own
+        slow.setattr(hub.socket, "create_connection", hang)
+        start = time.perf_counter()
+        assert "no answer within 0.2 s" in hub.refusal()
+        assert time.perf_counter() - start < 10
+        release.set()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not module._hub_answers()
+    assert hub.refusal() == "HF_HUB_OFFLINE is set"
+
+
+def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
+
+
+def test_a_tokenizer_on_a_hub_out_of_reach_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_reach(monkeypatch)
+    source = folder(tmp_path, train__txt=TEXT)
+    start = time.perf_counter()
+    with pytest.raises(
+        DataError, match=r"'nobody/nothing'.*127\.0\.0\.1:9 cannot be reached.*Copy its tokeni"
+    ):
+        prepare(str(source), tmp_path / "out", Options(tokenize=("text",), tokenizer="nobody/nothing"))
+    assert time.perf_counter() - start < 10
+
+
+def test_an_edited_tokenizer_is_another_job(tmp_path: Path) -> None:
+    source = folder(tmp_path, train__txt=TEXT)
+    made(source, tmp_path, tokenize=("text",), tokenizer="word")
+    (tmp_path / "tok").mkdir()
+    file = tmp_path / "tok" / "tokenizer.json"
+    file.write_bytes((tmp_path / "made" / "tokenizer.json").read_bytes())
+    for given in (str(file), str(file.parent)):
+        out = tmp_path / f"of-{Path(given).name}"
+        options = Options(tokenize=("text",), tokenizer=given)
+        said: list[str] = []
+        prepare(str(source), out, options, say=said.append)
+        prepare(str(source), out, options, say=said.append)
+        assert [text.split(" is ")[1].startswith("there already") for text in said] == [True]
+        edited = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = edited["model"]["vocab"]
+        edited["model"]["vocab"] = {word: i + 100 for word, i in vocabulary.items()}
+        file.write_text(json.dumps(edited), encoding="utf-8")
+        with pytest.raises(DataError, match="exists already"):
+            prepare(str(source), out, options)
+        before = rows(out, read_index(out))["text"]
+        prepare(str(source), out, replace(options, overwrite=True))
+        assert rows(out, read_index(out))["text"] == [[i + 100 for i in row] for row in before]
+
+
+def test_the_separator_is_that_of_each_file(tmp_path: Path) -> None:
+    source = folder(
+        tmp_path, train_0__csv="a,b\n1,x\n", train_1__tsv="a\tb\n2\ty\n", test__tsv="a\tb\n3\tz\n"
+    )
+    index, found = made(source, tmp_path)
+    assert found == {"a": [1, 2], "b": ["x", "y"]}
+    assert rows(tmp_path / "made", index, "test") == {"a": [3], "b": ["z"]}
+
+
+def test_a_missing_compressed_shard_is_named(tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    for number in (0, 2):
+        name = f"train-{number:05d}-of-00003.csv.gz"
+        (source / name).write_bytes(gzip.compress(f"a\n{number}\n".encode()))
+    with pytest.raises(DataError, match=r"shards \[1\] are missing"):
+        made(source, tmp_path)
+    (source / "train-00001-of-00003.csv.gz").write_bytes(gzip.compress(b"a\n1\n"))
+    assert made(source, tmp_path)[1] == {"a": [0, 1, 2]}
 
 
 def test_neither_a_folder_nor_an_id(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from distdl.cli.commands import app
 from distdl.data.index import INDEX_FILE, read_index
-from distdl.data.prepare.inspect import head, summary, summary_lines, verify
+from distdl.data.prepare.inspect import head, summary, summary_lines, unchecked, verify
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.errors import DataError
@@ -39,6 +42,24 @@ def test_every_file_is_checked_and_every_flipped_bit_found(dataset: Path) -> Non
                 verify(dataset)
         file.write_bytes(whole)
     verify(dataset)
+
+
+def test_files_behind_urls_are_said_to_be_unchecked(dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    whole = CliRunner().invoke(app, ["data", "verify", str(copy)])
+    assert "is whole" in whole.output
+    index = read_index(copy)
+    split = index.splits["train"]
+    shards = tuple(s.model_copy(update={"file": f"s3://bucket/{s.file}"}) for s in split.shards[1:])
+    split = split.model_copy(update={"shards": (split.shards[0], *shards)})
+    index = index.model_copy(update={"splits": {"train": split}})
+    (copy / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
+    assert unchecked(copy, verify(copy)) == 2
+    done = CliRunner().invoke(app, ["data", "verify", str(copy)])
+    assert done.exit_code == 0
+    assert "is whole" not in done.output
+    assert "2 lie behind URLs: not checked" in done.output
 
 
 def test_all_that_is_wrong_is_listed(dataset: Path) -> None:

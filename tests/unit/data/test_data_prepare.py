@@ -261,6 +261,59 @@ def test_another_source_with_the_same_options_starts_over(tmp_path: Path) -> Non
     assert all_ids(ready(None, out)) == list(range(100, 120))
 
 
+def test_the_old_copy_outlives_a_kill_between_the_two_renames(tmp_path: Path) -> None:
+    source, out = write_ids(tmp_path / "d", train=[20]), tmp_path / "out"
+    prepare(str(source), out, Options(shards=2))
+    before = contents(out)
+    with fail_at(0, "prepare.replaced"), pytest.raises(InjectedFault):
+        prepare(str(source), out, Options(shards=3, overwrite=True))
+    assert not out.exists()
+    with fail_at(0, "prepare.source"), pytest.raises(InjectedFault):
+        prepare(str(source), out, Options(shards=4, overwrite=True))
+    assert contents(out) == before
+    with pytest.raises(DataError, match="exists already"):
+        prepare(str(source), out, Options(shards=4))
+    prepare(str(source), out, Options(shards=4, overwrite=True))
+    assert len(read_index(out).splits["train"].shards) == 4
+    assert not (tmp_path / "out.building").exists()
+
+
+def test_a_kill_between_the_two_renames_and_the_same_command_again(tmp_path: Path) -> None:
+    source, out = write_ids(tmp_path / "d", train=[20]), tmp_path / "out"
+    prepare(str(source), out, Options(shards=2))
+    for _ in range(2):
+        with fail_at(0, "prepare.replaced"), pytest.raises(InjectedFault):
+            prepare(str(source), out, Options(shards=3, overwrite=True))
+    prepare(str(source), out, Options(shards=3, overwrite=True))
+    assert len(verify(out).splits["train"].shards) == 3
+    assert not (tmp_path / "out.building").exists()
+
+
+def test_files_are_read_as_utf8_whatever_the_machine_prefers(tmp_path: Path, cache: Path) -> None:
+    source = write_ids(tmp_path / "d", train=[5])
+    prepare(str(source), tmp_path / "out", Options(name="größe"))
+    code = f"""
+import warnings
+from pathlib import Path
+from distdl.data.index import read_index
+from distdl.data.prepare.stage import stage
+from distdl.data.stream.remote_dataset import RemoteDataset
+RemoteDataset.open("file://{tmp_path}/out")
+warnings.simplefilter("error", EncodingWarning)
+assert read_index(Path({str(tmp_path / "out")!r})).name == "größe"
+stage(Path({str(tmp_path / "out")!r}), Path({str(tmp_path / "copy")!r}))
+for _ in range(2):
+    RemoteDataset.open("file://{tmp_path}/copy")
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "warn_default_encoding", "-W", "ignore::EncodingWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_shard_that_was_cut_after_its_record_is_made_again(tmp_path: Path) -> None:
     source, out = write_ids(tmp_path / "d", train=[20]), tmp_path / "out"
     with fail_at(0, "prepare.shard@3"), pytest.raises(InjectedFault):

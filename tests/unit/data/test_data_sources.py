@@ -244,6 +244,28 @@ def test_the_fingerprint_reads_a_bounded_part_of_a_large_file(
     assert 64 * 4096 <= sum(read) < 500_000
 
 
+def test_arrays_that_datasets_saved_have_to_be_prepared(tmp_path: Path) -> None:
+    import datasets
+
+    from distdl.data.prepare.run import prepare
+
+    datasets.disable_progress_bars()
+    features = datasets.Features(
+        {"image": datasets.Array2D((2, 3), "uint8"), "label": datasets.Value("int64")}
+    )
+    columns = {"image": [[[1, 2, 3], [4, 5, 6]]] * 4, "label": [0, 1, 2, 3]}
+    saved = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
+    datasets.enable_progress_bars()
+    for look in (describe, ready):
+        with pytest.raises(
+            DataError, match=rf"'image'.*2 x 3.*distdl data prepare {tmp_path}/saved --out DIR"
+        ):
+            look(None, tmp_path / "saved")
+    prepare(str(tmp_path / "saved"), tmp_path / "out")
+    assert describe(None, tmp_path / "out").fields["image"] == Field("uint8", (2, 3))
+
+
 def test_a_save_to_disk_folder_is_used_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

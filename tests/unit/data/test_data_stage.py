@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distdl.data.index import read_index
+from distdl.data.index import DataFile, read_index
 from distdl.data.opening import open_split, ready
 from distdl.data.prepare.inspect import verify
 from distdl.data.prepare.options import Options
@@ -62,6 +62,30 @@ def test_each_node_copies_its_shards_and_reads_the_others_where_they_are(
         assert read_index(local).fingerprint == read_index(dataset).fingerprint
         copied.append(sorted(f.name[5:10] for f in local.rglob("*.arrow")))
     assert copied == [["00000", "00002", "00004"], ["00001", "00003"]]
+
+
+@pytest.mark.parametrize("part", ["shards", "others"])
+@pytest.mark.parametrize("file", ["../../escaped", "train/../../../escaped", "~/escaped"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(
+    dataset: Path, tmp_path: Path, file: str, part: str
+) -> None:
+    index = read_index(dataset)
+    split = index.splits["train"]
+    shard = split.shards[0]
+    for place in (dataset / file, tmp_path / "escaped"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes((dataset / shard.file).read_bytes())
+    moved = DataFile(file=file, bytes=shard.bytes, hash=shard.hash)
+    if part == "others":
+        index = index.model_copy(update={"others": (moved,)})
+    else:
+        shards = (shard.model_copy(update={"file": file}), *split.shards[1:])
+        index = index.model_copy(update={"splits": {"train": split.model_copy(update={"shards": shards})}})
+    (dataset / "index.json").write_text(index.to_json(), encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=rf"index\.json names the file '{file}'.*without '\.\.' and '~'"):
+        stage(dataset, tmp_path / "deep" / "local")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_damage_is_found_while_copying(dataset: Path, tmp_path: Path) -> None:

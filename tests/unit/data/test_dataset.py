@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from stream_support import FlakyStore, write_prepared
 
-from distdl.data import ArrayRows, Ragged, ShardedDataset, loader
+from distdl.data import ArrayRows, Batch, Concatenated, Ragged, ShardedDataset, loader, make_order
 from distdl.data.loading.images import decode
 from distdl.data.loading.tensors import to_tensors
+from distdl.data.order.kinds import Block
 from distdl.errors import DataError
 
 
@@ -73,6 +78,22 @@ def test_varying_columns_are_padded() -> None:
     assert found["s"] == ["ab", "", "é"]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_column_called_like_the_lengths_of_another_is_refused(nested: bool, first: bool) -> None:
+    column = Ragged(np.arange(3), np.array([1, 0, 2]))
+    name = "text_lengths"
+    if nested:
+        column, name = Ragged(column, np.array([1, 0, 2])), "text_item_lengths"
+    batch = {name: np.zeros(3), "text": column} if first else {"text": column, name: np.zeros(3)}
+    with pytest.raises(DataError, match=f"'text'.*'{name}'|'{name}'.*'text'"):
+        to_tensors(batch)
+    with loader(ArrayRows(batch), 2) as batches, pytest.raises(DataError, match=f"{name}"):
+        next(iter(batches))
+    text = Ragged(np.zeros(3, np.uint8), np.array([1, 0, 2]), True)
+    assert list(to_tensors({"text": text, name: np.zeros(3)})) == ["text", name]
+
+
 def png(size: int, value: int) -> bytes:
     image = pytest.importorskip("PIL.Image").new("RGB", (size, size), (value, 0, 0))
     raw = io.BytesIO()
@@ -110,3 +131,90 @@ UNFIT: list[dict[str, object]] = [
 def test_arguments_that_do_not_fit_are_refused(given: dict[str, object]) -> None:
     with pytest.raises(DataError):
         loader(ArrayRows({"x": np.zeros(9)}), **{"batch_size": 4, **given})
+
+
+class Hanging(ArrayRows):
+    """Rows that do not come before they are closed."""
+
+    def __init__(self) -> None:
+        super().__init__({"x": np.zeros(9)})
+        self.asked, self.closed = threading.Event(), threading.Event()
+
+    def gather(self, ids: np.ndarray, allocate: object = None) -> Batch:
+        self.asked.set()
+        assert self.closed.wait(60), "nobody closed the rows"
+        raise RuntimeError("closed")
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_closing_a_loader_ends_the_wait_of_its_rows() -> None:
+    rows = Hanging()
+    batches = loader(rows, 4, prefetch=1)
+
+    def read() -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            next(iter(batches))
+
+    waiting = threading.Thread(target=read)
+    waiting.start()
+    assert rows.asked.wait(30)
+    batches.close()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert rows.closed.is_set()
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_dead_server_does_not_keep_a_loader_from_closing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: bool
+) -> None:
+    monkeypatch.setenv("DISTDL_CACHE", str(tmp_path / "cache"))
+    FlakyStore.reset()
+    write_prepared(tmp_path / "far", 4)
+    data = ShardedDataset(f"flaky://{tmp_path / 'far'}", retry_s=15)
+    asked, alive = threading.Event(), threading.Event()
+
+    def fault(self: FlakyStore, path: str, local: str = "") -> None:
+        if "data-00003" in path and not alive.is_set():
+            asked.set()
+            raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(FlakyStore, "_fault", fault)
+    rows = Concatenated([data]) if view else data
+    with loader(rows, 100, order="sequential", prefetch=2) as batches:
+        steps = iter(batches)
+        assert next(steps)["id"][0] == 0  # the others are gathered together, ahead
+        assert asked.wait(10)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    alive.set()
+    assert data[399]["id"] == 399  # the dataset itself is open still
+    with loader(rows, 100, order="sequential") as batches:
+        assert sum(len(batch["id"]) for batch in batches) == 400
+    data.close()
+
+
+def threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def test_threads_are_those_that_were_asked_for_and_end() -> None:
+    rows, before = ArrayRows({"x": np.zeros(9)}), threads()
+    for given, extra in (({"prefetch": 0}, 0), ({"prefetch": 2}, 2), ({}, None)):
+        with loader(rows, 4, **given) as batches:
+            state = batches.state_dict()
+            next(iter(batches))
+            assert extra is None or len(threads() - before) == extra
+            batches.load_state_dict(state)
+            assert threads() == before
+            next(iter(batches))
+        assert threads() == before
+
+
+def test_a_window_of_block_is_that_of_recipes() -> None:
+    from distdl.recipe.schema import Data
+
+    order = make_order("block", seed=0, rows=9, shard_rows=[9])
+    assert order.window == Data.model_fields["block_window"].default == Block(0, [9]).window

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data import ArrayRows, Batch, Loader, Rows, loader
+from distdl.data import ArrayRows, Batch, Loader, Packed, Ragged, Rows, loader
 from distdl.data.loading.workers import Workers
 from distdl.data.order.kinds import Order, make_order
 
@@ -86,7 +86,7 @@ def test_dropping_the_last_batch_drops_that_much(rows: int, batch: int, world: i
 def pools() -> Iterator[dict[int, tuple[Rows, Workers]]]:
     """Workers for 97 rows, started once."""
     data = rows_of(97)
-    found = {count: (data, Workers(data, plus_key, count)) for count in (1, 4)}
+    found = {count: (data, Workers(data, plus_key, count)) for count in range(1, 5)}
     yield found
     for _, pool in found.values():
         pool.close()
@@ -107,3 +107,60 @@ def test_any_number_of_workers_gives_the_same(
         monkeypatch.setattr(pools[count][1], "close", lambda: None)
     with loader(data, 10, order=order, transform=plus_key, rank=1, world_size=3, workers=count) as other:
         assert [(b["id"].tolist(), b["key"].tolist()) for b in other] == expected
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_each_id_once_with_workers(
+    pools: dict[int, tuple[Rows, Workers]], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import distdl.data.loading.loader as module
+
+    if count:
+        monkeypatch.setattr(module, "Workers", lambda *_: pools[count][1])
+        monkeypatch.setattr(pools[count][1], "close", lambda: None)
+    data = pools[1][0]
+    found: list[list[int]] = [[], []]
+    for rank in range(2):  # one after another: they share a pool
+        with loader(data, 10, transform=plus_key, rank=rank, world_size=2, workers=count) as batches:
+            for epoch in range(2):
+                found[epoch] += [i for batch in batches for i in batch["id"].tolist()]
+    assert [sorted(ids) for ids in found] == [list(range(97))] * 2
+
+
+class Documents(ArrayRows):
+    """Documents of other lengths, empty ones too, in three shards; each token is another number."""
+
+    def __init__(self, count: int) -> None:
+        lengths = np.random.default_rng(count).integers(0, 12, count)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        super().__init__({"tokens": Ragged(np.arange(self.offsets[-1]), lengths)})
+        self.shard_rows = [count // 3, 0, count - count // 3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["full", "block", "sequential"]),
+    count=st.sampled_from([4, 7, 31, 97]),
+    length=st.sampled_from([1, 4, 13, 50]),
+    batch=st.sampled_from([1, 3, 8, 64]),
+    world=st.integers(1, 4),
+)
+def test_each_token_but_the_first_is_a_target_once(
+    kind: str, count: int, length: int, batch: int, world: int
+) -> None:
+    documents = Documents(count)
+    packed = Packed(documents, "tokens", documents.offsets, length)
+    options = {"window": 7} if kind == "block" else {}
+    ranks = [
+        loader(packed, batch, order=kind, order_options=options, rank=r, world_size=world, prefetch=0)
+        for r in range(world)
+    ]
+    for _ in range(2):
+        targets = [
+            token
+            for rank in ranks
+            for b in rank
+            for row, targets in zip(b["tokens"].tolist(), b["tokens_count"].tolist(), strict=True)
+            for token in row[1 : targets + 1]
+        ]
+        assert sorted(targets) == list(range(1, documents.offsets[-1]))

@@ -7,10 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from distdl.data import ArrayRows, Loader, loader
+from distdl.data import ArrayRows, Batch, Concatenated, Loader, Packed, Ragged, loader
 from distdl.errors import DataError
 
-ROWS = ArrayRows({"id": np.arange(61, dtype=np.int64)})
+
+class Parts(ArrayRows):
+    def part(self, rows: int) -> ArrayRows:
+        return ArrayRows({name: column[:rows] for name, column in self._columns.items()})
+
+
+ROWS = Parts({"id": np.arange(61, dtype=np.int64)})
 OFFSETS = np.concatenate([[0], np.cumsum(np.random.default_rng(1).integers(0, 9, 61))])
 ORDERS = {
     "full": {},
@@ -112,6 +118,8 @@ def test_load_state_discards_what_was_prefetched() -> None:
     [
         (loader(ROWS, 8, seed=4), "another seed"),
         (loader(ArrayRows({"id": np.arange(60)}), 8, seed=3), "another number of rows"),
+        (loader(ArrayRows({"id": np.arange(61, dtype=np.int32)}), 8, seed=3), "are other data"),
+        (loader(Concatenated([ROWS, ROWS.part(0)]), 8, seed=3), "are other data"),
         (loader(ROWS, 8, seed=3, order="sequential"), "another order"),
     ],
 )
@@ -137,3 +145,76 @@ def test_a_bucketed_order_keeps_its_own_batch() -> None:
     loader(
         ROWS, 16, order="length_bucketed", order_options=ORDERS["length_bucketed"], seed=3
     ).load_state_dict(state)
+
+
+def plus_key(batch: Batch, key: int) -> Batch:
+    """A transform that shows which key it got."""
+    return {**batch, "key": np.full(len(batch["id"]), key % 2**31)}
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8])
+def test_resume_with_workers_and_without_again(stop: int) -> None:
+    """Positions within an epoch, before its short last step, and at its end."""
+
+    def steps(batches: Loader, count: int) -> list[tuple[list[int], list[int]]]:
+        found = []
+        while len(found) < count:
+            for batch in batches:
+                found.append((batch["id"].tolist(), batch["key"].tolist()))
+                if len(found) == count:
+                    break
+        return found
+
+    def made(workers: int) -> Loader:
+        return loader(ROWS, 8, seed=3, transform=plus_key, workers=workers, rank=0, world_size=1)
+
+    with made(0) as calm:
+        expected = steps(calm, stop + 5)
+    found, state = [], None
+    for workers, count in ((0, stop), (2, 3), (0, 2)):
+        with made(workers) as batches:
+            if state is not None:
+                batches.load_state_dict(json.loads(state))
+            found += steps(batches, count)
+            state = json.dumps(batches.state_dict())
+    assert found == expected
+
+
+class Documents(ArrayRows):
+    """61 documents in three shards, each token another number."""
+
+    shard_rows = (20, 0, 41)
+
+
+DOCUMENTS = Documents({"tokens": Ragged(np.arange(OFFSETS[-1], dtype=np.int32), np.diff(OFFSETS))})
+
+
+@pytest.mark.parametrize("kind", ["full", "block", "sequential"])
+def test_resume_at_every_step_of_packed_rows(kind: str) -> None:
+    options = {"window": 9} if kind == "block" else {}
+
+    def made(rank: int = 0, size: int = 1, length: int = 5) -> Loader:
+        packed = Packed(DOCUMENTS, "tokens", OFFSETS, length)
+        return loader(packed, 8, order=kind, order_options=options, rank=rank, world_size=size, prefetch=0)
+
+    def tokens(ranks: list[Loader], count: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        while count:
+            for batches in zip(*ranks, strict=True):
+                found += [row for batch in batches for row in batch["tokens"].tolist()]
+                count -= 1
+                if not count:
+                    break
+        return found
+
+    steps = 2 * len(made())
+    calm = tokens([made()], steps)
+    for stop in range(1, steps):
+        first = made()
+        found = tokens([first], stop)
+        state = json.dumps(first.state_dict())
+        assert len(state) < 1000
+        found += tokens(load([made(r, 2) for r in range(2)], state), steps - stop)
+        assert found == calm, f"stopped after step {stop}"
+    with pytest.raises(DataError):
+        made(length=6).load_state_dict(json.loads(state))

@@ -20,7 +20,7 @@ import pytest
 from stream_support import FlakyStore, flip, ids_of, images, write_prepared
 
 from distdl.data.index import read_index
-from distdl.data.stream import store
+from distdl.data.stream import hub, store
 from distdl.data.stream.remote_dataset import RemoteDataset
 from distdl.data.stream.retry import Patience
 from distdl.data.table.arrow import ArrowTable
@@ -261,12 +261,25 @@ def test_the_hub_is_refused_where_it_is_switched_off(monkeypatch: pytest.MonkeyP
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(store.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(DataError, match="cannot be reached from this machine"):
             RemoteDataset.open("hf://datasets/owner/name")
+
+
+@pytest.mark.parametrize("file", ["/etc/hostname", "file:///etc/hostname", "../x.arrow", "a/../../x", "~/x"])
+def test_an_index_behind_a_url_names_files_beside_it_only(tmp_path: Path, file: str) -> None:
+    index = write_prepared(tmp_path / "far")
+    split = index.splits["train"]
+    shards = (split.shards[0].model_copy(update={"file": file}), *split.shards[1:])
+    index = index.model_copy(update={"splits": {"train": split.model_copy(update={"shards": shards})}})
+    (tmp_path / "far" / "index.json").write_text(index.to_json(), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"index\.json names the file '{file}'"):
+        RemoteDataset.open(f"file://{tmp_path}/far")
+    if file.startswith(("/", "file:")):  # a node's copy of some shards names the others where they are
+        assert read_index(tmp_path / "far") == index
 
 
 def test_nothing_but_an_hf_url_imports_the_hub(tmp_path: Path) -> None:

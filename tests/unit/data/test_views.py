@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distdl.data.order.kinds import Block
 from distdl.data.table.ragged import Ragged
-from distdl.data.table.rows import ArrayRows, Batch, check_ids
+from distdl.data.table.rows import ArrayRows, Batch, check_ids, close, fingerprint
 from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError
 
@@ -24,6 +24,7 @@ class RaggedRows:
     def __init__(self, lists: dict[str, list[list[int]]], arrays: dict[str, np.ndarray]) -> None:
         self.lists, self.arrays = lists, arrays
         self.gathered: list[int] = []
+        self.shard_rows: list[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.lists.values())))
@@ -137,7 +138,10 @@ def test_packed_rows_of_a_shard_begin_in_it(lengths: list[int], length: int, cut
     rows, offsets = documents(lengths)
     packed = Packed(rows, "tokens", offsets, length)
     cut = min(cut, len(lengths))
-    shards = packed.shard_rows([cut, 0, len(lengths) - cut])
+    assert packed.shard_rows is None
+    rows.shard_rows = [cut, 0, len(lengths) - cut]
+    shards = packed.shard_rows
+    assert shards is not None
     assert sum(shards) == len(packed)
     assert shards[1] == 0
     begins = np.arange(len(packed)) * length
@@ -225,6 +229,54 @@ def test_concatenated_lists_of_lists() -> None:
 def test_parts_that_differ_are_refused(other: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Concatenated([ArrayRows({"x": np.zeros((4, 2), np.int16)}), ArrayRows(other)])
+
+
+def test_fingerprints_tell_views_of_equal_size_apart() -> None:
+    def array(rows: int, dtype: type = np.int16, name: str = "x") -> ArrayRows:
+        return ArrayRows({name: np.zeros(rows, dtype)})
+
+    rows, offsets = documents([8, 8, 8])
+    named = NamedRows("a"), NamedRows("b")
+    different = [
+        array(6),
+        array(6, np.int32),
+        array(6, name="y"),
+        ArrayRows({"x": np.zeros((6, 1), np.int16)}),
+        Concatenated([array(2), array(4)]),
+        Concatenated([array(4), array(2)]),
+        Concatenated(named),
+        Concatenated(named[::-1]),
+        Packed(rows, "tokens", offsets, 4),
+        Packed(rows, "tokens", offsets, 5),
+        Packed(NamedRows("a"), "tokens", np.array([0, 2, 4, 6]), 4),
+        Packed(NamedRows("b"), "tokens", np.array([0, 2, 4, 6]), 4),
+    ]
+    found = [fingerprint(view) for view in different]
+    assert len(set(found)) == len(found)
+    assert max(map(len, found)) < 100
+    assert fingerprint(array(6)) == fingerprint(array(6))
+    assert fingerprint(Concatenated(named)) == fingerprint(Concatenated([NamedRows("a"), NamedRows("b")]))
+
+
+class NamedRows(ArrayRows):
+    """Three documents of two tokens, as a dataset called `name` has them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__({"tokens": Ragged(np.arange(6, dtype=np.int32), np.full(3, 2))})
+        self.name, self.closed = name, 0
+
+    @property
+    def fingerprint(self) -> str:
+        return self.name
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_closing_a_view_closes_its_parts() -> None:
+    named = [NamedRows("a"), NamedRows("b")]
+    close(Packed(Concatenated([*named, ArrayRows(named[0]._columns)]), "tokens", np.arange(0, 20, 2), 4))
+    assert [part.closed for part in named] == [1, 1]
 
 
 def test_no_parts_and_ids_outside_are_refused() -> None:
