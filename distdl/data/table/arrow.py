@@ -316,7 +316,7 @@ class ArrowTable:
         except ValueError as error:
             raise DataError(
                 f"column {name!r} has {error}, which cannot be gathered: numbers, booleans, strings, bytes, "
-                f"and lists of them can. Leave it out (columns=..., data.columns), or convert it ({self._head})."
+                f"and lists of them can. Leave it out (columns=...) or convert it ({self._head})."
             ) from error
 
     def _damaged(self, name: str, ids: Int64) -> DataError:
