@@ -171,7 +171,7 @@ def test_make_order_makes_what_its_words_say() -> None:
     assert make_order("sequential", seed=7, rows=9) == Sequential(9)
     block = make_order("block", seed=7, rows=9, shard_rows=[4, 5])
     assert isinstance(block, Block)
-    assert block.window == 2**16
+    assert block.window == 10_000
     short_to_long = make_order("length_bucketed", seed=7, rows=3, offsets=lengths, batch=2, shuffle=False)
     assert short_to_long.ids(0, 0, 3).tolist() == [1, 2, 0]
     mixture = make_order("weighted", seed=7, rows=9, parts=[4, 5], weights=[0.5, 0.5], epoch_rows=20)
