@@ -24,6 +24,9 @@ from tests.cli.test_bad_input import distdl
 from tests.faults.test_save_faults import small_disk
 from tests.multiprocess.sequences import VOCABULARY, make, sequences, write_source
 
+# A process for each case: a minute and a half in all.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests.multiprocess.sequences"
 SPLITS = ("train", "test")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from distdl import errors
 from tests.cli.test_bad_input import distdl
+
+# A process for each case.
+pytestmark = pytest.mark.slow
 
 
 def test_prepare_look_check_and_copy(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from distdl.train.batches import Batches
 from tests.multiprocess.sequences import ROWS, VOCABULARY, make_sequences
 from tests.multiprocess.test_parity import results, train_rank
 
+# Two and three processes for each case: a minute and a half in all.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests.multiprocess.sequences"
 EXAMPLE = "examples.own_sequences.task"

@@ -131,6 +131,7 @@ def test_resume_is_bit_identical(size: int, tmp_path: Path) -> None:
     assert strip == [{k: v for k, v in r.items() if k not in volatile} for r in whole[0]]
 
 
+@pytest.mark.slow
 def test_adamw_resumes_at_another_world_size(tmp_path: Path) -> None:
     whole = train_adamw(tmp_path / "whole", 1)
     assert (

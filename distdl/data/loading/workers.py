@@ -40,6 +40,8 @@ class Workers:
     def __init__(self, rows: Rows, transform: Callable[[Batch, int], Batch], count: int) -> None:
         payload = _payload(rows, transform)
         self._workers = [_Worker(payload, number) for number in range(count)]
+        for worker in self._workers:  # started side by side, and waited for together
+            worker.begin()
         # Before multiprocessing's own clean-up at exit, which would ask with a signal that workers ignore.
         self._end = util.Finalize(self, _end, args=(self._workers,), exitpriority=100)
 
@@ -78,6 +80,11 @@ class _Worker:
         self._gone: DataError | None = None
         self._closing = False
         self._reader = threading.Thread(target=self._read, name=f"distdl-data-{number}", daemon=True)
+
+    def begin(self) -> None:
+        """Wait until the process lets stop signals pass, so that none ends it from then on."""
+        with contextlib.suppress(EOFError, OSError):  # it is gone: the reader says so
+            self._connection.recv_bytes()
         self._reader.start()
 
     @property
@@ -163,6 +170,8 @@ def _serve(connection: Connection, payload: bytes) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEAVE)
     die_with_parent(init_is_fine=True)
+    with contextlib.suppress(OSError):
+        connection.send_bytes(b"ready")
     problem, rows, transform = None, None, None
     try:
         rows, transform = pickle.loads(payload)  # noqa: S301 - made by our own process

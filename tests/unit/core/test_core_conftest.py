@@ -47,6 +47,7 @@ def test_property(text):
 """
 
 
+@pytest.mark.slow
 def test_what_a_test_leaves_behind_fails_it(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,9 @@ import pytest
 from distdl.data.info import describe
 from distdl.data.opening import open_split, ready
 
+# A shell script and processes for each case.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = {
     s: np.random.default_rng(n).integers(0, 255, (n, 28, 28), np.uint8)
