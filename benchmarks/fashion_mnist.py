@@ -19,22 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distdl.data.catalogue import CATALOGUE
 from distdl.data.order.kinds import Full
 from distdl.data.prepare.idx import read_idx
 from distdl.errors import DataError
 
-CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+CLASSES = list(CATALOGUE["fashion_mnist"].class_names or ())
 IDX_PREFIX = {"train": "train", "test": "t10k"}
 PER_CLASS = (1000, 200)
 SUBSET_SEED = 20170825
