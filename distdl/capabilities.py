@@ -3,22 +3,106 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distdl.errors import PlanError
+
+if TYPE_CHECKING:
+    from distdl.recipe import Recipe
+
+_ALL_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """`equal_counts`: every rank must run the same number of microbatches, since the engine communicates in
-    each of them. `needs_one`: every rank must run at least one. `devices` and `precisions` it can train on.
+    """What a recipe may ask of an engine, and how the loop has to treat it.
+
+    `equal_counts`: it communicates in each backward, so every rank must run equally many microbatches.
+    `needs_one`: every rank must run at least one. `gathers`: its forward communicates as well (the parameters
+    are sharded), so evaluation passes must be equally many too. `shards`: what a rank keeps only a part of.
+    `flattens`: the optimiser sees slices of parameters, so one that looks at whole tensors would be wrong.
+    The others list the values of recipe keys that it takes.
     """
 
-    devices: tuple[str, ...]
-    precisions: tuple[str, ...]
-    equal_counts: bool
-    needs_one: bool
+    equal_counts: bool = False
+    needs_one: bool = False
+    gathers: bool = False
+    flattens: bool = False
+    shards: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    precisions: tuple[str, ...] = _ALL_PRECISIONS
+    reductions: tuple[str, ...] = ("fast",)
+    offloads: tuple[str, ...] = ("none",)
+    shard_optimizer: tuple[bool, ...] = (False,)
+    hybrid_shard: tuple[bool, ...] = (False,)
+    compiles: tuple[bool, ...] = (False, True)
 
 
 ENGINES: dict[str, Capabilities] = {
-    "ddp": Capabilities(
-        devices=("cpu", "cuda"), precisions=("fp32", "bf16"), equal_counts=False, needs_one=True
+    "ddp": Capabilities(needs_one=True, reductions=("fast", "exact"), shard_optimizer=(False, True)),
+    "fsdp": Capabilities(
+        equal_counts=True,
+        needs_one=True,
+        gathers=True,
+        flattens=True,
+        shards=("parameters", "gradients", "optimizer"),
+        offloads=("none", "parameters"),
+        hybrid_shard=(False, True),
     ),
+    "zero0": Capabilities(needs_one=True),
+    "zero1": Capabilities(
+        needs_one=True, flattens=True, shards=("optimizer",), offloads=("none", "optimizer")
+    ),
+    "zero2": Capabilities(
+        equal_counts=True,
+        needs_one=True,
+        flattens=True,
+        shards=("gradients", "optimizer"),
+        offloads=("none", "optimizer"),
+    ),
+    "zero3": Capabilities(
+        equal_counts=True,
+        needs_one=True,
+        gathers=True,
+        flattens=True,
+        shards=("parameters", "gradients", "optimizer"),
+        offloads=("none", "optimizer", "parameters"),
+    ),
+    "accelerate": Capabilities(needs_one=True),
 }
+
+
+def check_engine(recipe: Recipe, device: str) -> None:
+    """Raise PlanError, naming the engines that can, where the recipe asks what its engine cannot do."""
+    hardware, train = recipe.hardware, recipe.train
+    asked: dict[str, tuple[object, str]] = {
+        "hardware.device": (device, "devices"),
+        "train.precision": (train.precision, "precisions"),
+        "train.reduction": (train.reduction, "reductions"),
+        "hardware.offload": (hardware.offload, "offloads"),
+        "hardware.shard_optimizer": (hardware.shard_optimizer, "shard_optimizer"),
+        "hardware.hybrid_shard": (hardware.hybrid_shard, "hybrid_shard"),
+        "hardware.compile": (hardware.compile, "compiles"),
+    }
+    for key, (value, attribute) in asked.items():
+        allowed = getattr(ENGINES[hardware.engine], attribute)
+        if value not in allowed:
+            able = [name for name, can in ENGINES.items() if value in getattr(can, attribute)]
+            raise PlanError(
+                f"engine {hardware.engine!r} cannot do {key} = {_shown(value)} (it does "
+                f"{', '.join(map(_plain, allowed))}); engines that can: {', '.join(able) or 'none'}"
+            )
+    if hardware.deepspeed and not hardware.engine.startswith("zero"):
+        raise PlanError(
+            f"hardware.deepspeed has keys ({', '.join(hardware.deepspeed)}), and hardware.engine = "
+            f"{hardware.engine!r} is not DeepSpeed's: leave them out, or choose one of "
+            f"{', '.join(name for name in ENGINES if name.startswith('zero'))}"
+        )
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else _plain(value)
+
+
+def _plain(value: object) -> str:
+    return str(value).lower()  # as YAML writes them

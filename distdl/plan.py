@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distdl.capabilities import ENGINES
+from distdl.capabilities import ENGINES, check_engine
 from distdl.errors import DataError, PlanError, nearest
 from distdl.topology import Topology
 
@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     bounds = [train.epochs * per_epoch if train.epochs else None, train.max_steps]
     total = min(b for b in bounds if b is not None)
     device = _device(recipe, topology)
-    _check_engine(recipe, device)
+    check_engine(recipe, device)
     _check_patience(recipe, topology, data)
     return Plan(
         engine=recipe.hardware.engine,
@@ -367,17 +367,3 @@ def _check_world(total: int, micro: int, world_size: int) -> None:
         f"each process needs at least one. Use at most {count} processes{smaller}. "
         "Mind that batch.micro is part of the mathematics where the model has BatchNorm"
     )
-
-
-def _check_engine(recipe: Recipe, device: str) -> None:
-    can = ENGINES[recipe.hardware.engine]
-    for key, value, allowed in (
-        ("hardware.device", device, can.devices),
-        ("train.precision", recipe.train.precision, can.precisions),
-    ):
-        if value not in allowed:
-            able = [name for name, c in ENGINES.items() if value in (*c.devices, *c.precisions)]
-            raise PlanError(
-                f"engine {recipe.hardware.engine!r} cannot do {key} = {value!r} (it does "
-                f"{', '.join(allowed)}); engines that can: {', '.join(able) or 'none'}"
-            )

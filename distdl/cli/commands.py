@@ -36,6 +36,10 @@ Procs = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="Processes on this machine; default: launch.procs, or one a GPU."),
 ]
+EngineName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--engine", help="Short for hardware.engine=NAME."),
+]
 AllowChanged = Annotated[
     bool, typer.Option("--allow-changed", help="Go on from a checkpoint of another recipe.")
 ]
@@ -76,12 +80,12 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     procs: Procs = None,
-    engine: Annotated[Optional[str], typer.Option(help="Short for hardware.engine=NAME.")] = None,  # noqa: UP045
+    engine: EngineName = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     allow_changed: AllowChanged = False,
 ) -> int:
     """Train on this machine with several processes; restart them from the last checkpoint if they fail."""
-    recipe = load_recipe(config, [*(overrides or []), *([f"hardware.engine={engine}"] if engine else [])])
+    recipe = _load(config, overrides, engine)
     plan = _plan(recipe, 1, procs)
     if dry_run:
         _show_plan(recipe, plan)
@@ -102,9 +106,14 @@ def launch(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> int:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    engine: EngineName = None,
+    allow_changed: AllowChanged = False,
+) -> int:
     """Train as one process: alone, or as one rank under torchrun, srun or mpirun."""
-    recipe, topology = load_recipe(config, overrides or []), Topology.from_env(os.environ)
+    recipe, topology = _load(config, overrides, engine), Topology.from_env(os.environ)
     if topology.launcher == "torchrun":
         die_with_parent(init_is_fine=True)  # an agent that is killed leaves its workers behind otherwise
     from distdl.train.process import Options, exit_code_for, train_process
@@ -136,10 +145,11 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
     procs: Annotated[Optional[int], typer.Option(min=1, help="Processes a node.")] = None,  # noqa: UP045
+    engine: EngineName = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> int:
     """Print what would happen, on a machine that need not be able to do it. Imports no torch."""
-    recipe = load_recipe(config, overrides or [])
+    recipe = _load(config, overrides, engine)
     decided = _plan(recipe, nodes, procs)
     if as_json:
         print(json.dumps(decided.as_dict(), indent=2))  # noqa: T201
@@ -160,6 +170,10 @@ def version() -> int:
     """Print the version."""
     print(__version__)  # noqa: T201
     return errors.DONE
+
+
+def _load(config: str, overrides: list[str] | None, engine: str | None) -> Recipe:
+    return load_recipe(config, [*(overrides or []), *([f"hardware.engine={engine}"] if engine else [])])
 
 
 def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,33 +13,65 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Applied:
-    """What `Engine.apply` did. `grad_norm` is the global norm before clipping; not finite: no update."""
+    """What `Engine.apply` did. `grad_norm` is the global norm before clipping; not finite: no update.
+
+    `rescaled`: it was not finite because the loss scale of fp16 was too large, and that has been lowered.
+    """
 
     updated: bool
     grad_norm: float
+    rescaled: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One microbatch inside a pass: its number in the step, its count, its rows (dimension 0 of its tensors).
+
+    `key` seeds whatever the model draws for it. `extent` is the size of its own dimension 1, where the
+    microbatches of a pass were padded to a common one; None where they were alike.
+    """
+
+    number: int
+    count: int
+    rows: int
+    key: int
+    extent: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward: one microbatch, or neighbours that are run as one.
+
+    `weight` 0 is a repeat that only takes part in the communication. `last`: this rank's last of the step.
+    """
+
+    groups: tuple[Group, ...]
+    weight: int
+    last: bool
 
 
 class Engine(Protocol):
     """All ranks call every method in the same order. `setup` comes first."""
 
     module: nn.Module
-    """The user's model, unwrapped: evaluate with this."""
+    """The user's model, unwrapped; evaluate inside `evaluating` alone."""
 
     device: torch.device
 
     def setup(self, model: nn.Module) -> None:
-        """Take the model to the device and build the optimiser. Blocks until all ranks have."""
+        """Take the model to the device and build the optimiser. Blocks until all ranks have.
+
+        Raises EngineError for a model that this engine cannot train, RecipeError for unsuitable keys.
+        """
 
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch on this engine's device, images in its memory layout."""
 
-    def microstep(
-        self, loss_sum: Callable[[nn.Module], Tensor], count: int, total: int, *, weight: int, last: bool
-    ) -> Tensor:
-        """Forward and backward of one microbatch; returns its detached loss sum (scalar, on the device).
+    def microstep(self, loss_sum: Callable[[nn.Module], Tensor], this: Pass, total: int) -> Tensor:
+        """Forward and backward of one pass; returns its detached loss sum (scalar, on the device).
 
-        Adds the gradient of ``loss_sum / total`` times `weight`. `count` is this microbatch's own count,
-        `total` that of the whole step over all ranks; `last` marks this rank's last microbatch of the step.
+        Adds the gradient of ``weight * loss_sum / total``, where `total` is the count of the whole step over
+        all ranks. The random streams have been seeded for a pass of one microbatch.
         """
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
@@ -47,11 +80,22 @@ class Engine(Protocol):
         `counts` says how many real microbatches each rank ran. All ranks update or none does.
         """
 
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """Collective. The model in evaluation mode, with averaged weights where the recipe keeps them; in
+        training mode again afterwards. With an engine that `gathers`, ranks must call it equally often.
+        """
+
     def tensors(self) -> dict[str, Tensor]:
-        """The state by name: ``model/<name>`` and ``optim/<slot>/<name>``. Views: copy before a step."""
+        """Collective. The whole state by name, on every rank: ``model/<name>``, ``optim/<slot>/<name>``,
+        ``ema/<name>``, ``scaler/<name>``. Whole tensors, never shards; some are views: copy before a step.
+        """
 
     def load_model(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the ``model/`` tensors alone, to evaluate with. Raises Incompatible and touches nothing."""
+        """Collective. Take the weights alone, to evaluate with: ``ema/`` where the recipe keeps an average
+        and there is one, else ``model/``. Raises Incompatible and touches nothing.
+        """
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a state that any engine's `tensors` returned, or raise Incompatible and touch nothing."""
+        """Collective. Take a state that any engine's `tensors` returned, or raise Incompatible and touch
+        nothing.
+        """

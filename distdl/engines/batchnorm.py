@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distdl.comm import World
 from distdl.comm.tree import tree_sum
+from distdl.engines.base import Pass
+from distdl.errors import EngineError
 
 
 class RunningStatistics:
@@ -36,8 +38,9 @@ class RunningStatistics:
             module.register_forward_pre_hook(self._before)
             module.register_forward_hook(self._after)
 
-    def microbatch_done(self, count: int, weight: int) -> None:
-        """Close one microbatch; what it left counts `count`, or nothing where `weight` is 0."""
+    def pass_done(self, this: Pass) -> None:
+        """Close one pass, of one microbatch; what it left counts as the microbatch does."""
+        count, weight = this.groups[0].count, this.weight
         self._restore()
         if weight and self._modules:
             found = torch.cat([self._current.get(m, _statistics(m)).double() for m in self._modules])
@@ -117,3 +120,12 @@ def _put(module: Any, buffers: tuple[Tensor, Tensor, Tensor]) -> None:
 def _statistics(module: nn.Module) -> Tensor:
     mean, var, _ = _buffers(module)
     return torch.cat([mean, var]).detach()
+
+
+def refuse_sync_batchnorm(model: nn.Module) -> None:
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if found:
+        raise EngineError(
+            f"the model has SyncBatchNorm ({', '.join(found[:4])}), which mixes the ranks' microbatches and "
+            "would tie the result to their number: use BatchNorm; distdl combines its statistics itself"
+        )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from distdl.errors import Incompatible
+from distdl.errors import Incompatible, RecipeError, nearest
 
 if TYPE_CHECKING:
-    from distdl.recipe.schema import AdamW, Sgd
+    from distdl.recipe.named import AdamW, Sgd
 
 _SLOTS: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.SGD: {"momentum_buffer"},
@@ -34,6 +35,32 @@ def build_optimizer(model: nn.Module, optim: Sgd | AdamW) -> torch.optim.Optimiz
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Exclude from training the parameters whose name matches one of `patterns` (as in file names).
+
+    Raises RecipeError for a pattern that matches none, and where nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise RecipeError(
+                f"optim.freeze: {pattern!r} matches no parameter{nearest(pattern, names) or '.'} "
+                f"The model has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+            )
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError("the model has no parameter to train: all are frozen, or there is none")
+
+
+def clip_factor(norm: float, clip_norm: float | None) -> float:
+    """What the gradient is multiplied by so that its norm is at most `clip_norm`; 1.0 where it is already."""
+    if clip_norm is None or norm + 1e-6 <= clip_norm:
+        return 1.0
+    return clip_norm / (norm + 1e-6)
 
 
 def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

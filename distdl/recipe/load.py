@@ -20,8 +20,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from distdl.errors import RecipeError, nearest
+from distdl.recipe.named import NAMED
 from distdl.recipe.problems import explain
-from distdl.recipe.schema import NAMED, Recipe, Run
+from distdl.recipe.schema import Recipe, Run
 from distdl.recipe.tree import Marked, from_python, parse_yaml, plain, source_of
 
 EXTENDS = "extends"

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from distdl.errors import nearest
-from distdl.recipe.schema import IMPORT_PATH, NAMED, Recipe
+from distdl.recipe.named import IMPORT_PATH, NAMED
+from distdl.recipe.schema import Recipe
 
 MAX_PROBLEMS = 8
 _RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}

@@ -7,75 +7,23 @@ any restart. Questions that need more than one section, or the machine, are sett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-IMPORT_PATH = "import path"
-"""Tag of the union members whose name is `package.module:attribute`."""
-
-IMPORT_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Factor = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, no conversion between types, finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class NamedSection(Section):
-    """A section that chooses by `name`; its other keys are options of what was chosen."""
-
-    name: str = Field(description="What is chosen.")
-
-    def options(self) -> dict[str, Any]:
-        """Every key but `name`, extra keys included, as JSON values: keyword arguments for what is named."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"name"})
-
-
-class ImageClassification(NamedSection):
-    """Images to one of N classes, by cross-entropy; the metric is accuracy."""
-
-    name: Literal["image_classification"] = Field(description="The task.")
-    label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
-
-
-class ImportedTask(NamedSection):
-    """A task of your own. Keys beside `name` are passed to it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field(pattern=IMPORT_PATTERN, description="Import path, package.module:attribute.")
-
-
-class Cnn5(NamedSection):
-    """Five convolutions with normalisation and pooling, and a fully connected head."""
-
-    name: Literal["cnn5"] = Field(description="The model.")
-    width: Count = Field(32, description="Channels of the first convolution.")
-    norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
-    dropout: Fraction = Field(0.0, description="Probability of dropping an activation before the last layer.")
-    hidden: Count = Field(128, description="Units of the hidden fully connected layer.")
-
-
-class ImportedModel(NamedSection):
-    """A model of your own, made by a factory. Keys beside `name` are passed to the factory."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field(
-        pattern=IMPORT_PATTERN, description="Import path of its factory, package.module:factory."
-    )
+from distdl.recipe.base import (
+    IMPORT_PATTERN,
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    problem,
+)
+from distdl.recipe.named import Constant, Model, Optim, Schedule, Task
 
 
 class Augment(Section):
@@ -131,7 +79,7 @@ class Data(Section):
     def _one_source(self) -> Data:
         given = [key for key in ("name", "path", "mixture") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise _problem(
+            raise problem(
                 "give exactly one of name (a catalogue name), path (a folder) and mixture (several); given: "
                 f"{', '.join(given) or 'none'}"
             )
@@ -140,13 +88,13 @@ class Data(Section):
     @model_validator(mode="after")
     def _packs(self) -> Data:
         if (self.order == "packed") != (self.pack_length is not None):
-            raise _problem("order packed and pack_length (tokens of one row) go together: give both or none")
+            raise problem("order packed and pack_length (tokens of one row) go together: give both or none")
         if self.mixture is not None and self.order != "full":
-            raise _problem(f"a mixture has an order of its own; leave out order (given: {self.order})")
+            raise problem(f"a mixture has an order of its own; leave out order (given: {self.order})")
         if self.mixture is not None and not self.shuffle:
-            raise _problem("a mixture is always shuffled; leave out shuffle: false")
+            raise problem("a mixture is always shuffled; leave out shuffle: false")
         if self.epoch_rows is not None and self.mixture is None:
-            raise _problem("epoch_rows is for a mixture; an epoch of one dataset is each of its samples once")
+            raise problem("epoch_rows is for a mixture; an epoch of one dataset is each of its samples once")
         return self
 
 
@@ -157,88 +105,27 @@ class Batch(Section):
     micro: Count = Field(description="Samples of one forward and backward pass.")
 
 
-class _Optimiser(NamedSection):
-    lr: Positive = Field(description="Peak learning rate; the schedule multiplies it.")
-    clip_norm: Positive | None = Field(None, description="Largest norm of the gradient; null: no limit.")
-    decay_norms_and_biases: bool = Field(False, description="Also decay normalisation weights and biases.")
-
-
-class Sgd(_Optimiser):
-    """Stochastic gradient descent with momentum."""
-
-    name: Literal["sgd"] = Field(description="The optimiser.")
-    momentum: Fraction = Field(0.0, description="Share of the last update that is kept.")
-    nesterov: bool = Field(False, description="Look ahead by the momentum before the gradient is applied.")
-    weight_decay: NotNegative = Field(0.0, description="Multiple of the weights added to the gradient.")
-
-
-class AdamW(_Optimiser):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
-
-    name: Literal["adamw"] = Field(description="The optimiser.")
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
-        (0.9, 0.999), description="Decay of the running mean and of the running mean square."
-    )
-    eps: Positive = Field(1e-8, description="Added to the denominator.")
-    weight_decay: NotNegative = Field(0.01, description="Share of the weights, times lr, lost in a step.")
-
-
-class _Warmup(NamedSection):
-    warmup_steps: Natural = Field(0, description="Steps over which the learning rate rises to its peak.")
-
-
-class Constant(_Warmup):
-    """The peak learning rate throughout."""
-
-    name: Literal["constant"] = Field(description="The schedule.")
-
-
-class Cosine(_Warmup):
-    """Half a cosine from the peak to `final_factor` times it, over the whole run."""
-
-    name: Literal["cosine"] = Field(description="The schedule.")
-    final_factor: Factor = Field(0.0, description="Last learning rate, as a share of the peak.")
-
-
-class Step(_Warmup):
-    """Multiply by `gamma` every so many epochs, or steps."""
-
-    name: Literal["step"] = Field(description="The schedule.")
-    every_epochs: Count | None = Field(None, description="Epochs between two drops.")
-    every_steps: Count | None = Field(None, description="Steps between two drops.")
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Factor of one drop.")
-
-    @model_validator(mode="after")
-    def _one_period(self) -> Step:
-        if (self.every_epochs is None) == (self.every_steps is None):
-            given = "neither was given" if self.every_epochs is None else "both were given"
-            raise _problem(f"give exactly one of every_epochs and every_steps; {given}")
-        return self
-
-
-class OneCycle(NamedSection):
-    """Up to the peak, then down far below the start (Smith and Topin, 2018)."""
-
-    name: Literal["one_cycle"] = Field(description="The schedule.")
-    peak_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="Share of the run before the peak.")
-    start_factor: Factor = Field(0.04, description="First learning rate, as a share of the peak.")
-    final_factor: Factor = Field(1e-4, description="Last learning rate, as a share of the peak.")
-
-
 class Train(Section):
     """How long, from which seed, and in which arithmetic. Give epochs, max_steps, or both."""
 
     epochs: Count | None = Field(None, description="Passes over the training data.")
     max_steps: Count | None = Field(None, description="Steps. With epochs too, whichever comes first.")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="Seed of everything random.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of forward and backward.")
-    reduction: Literal["fast"] = Field("fast", description="How gradients are summed over processes.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Arithmetic of forward and backward; the weights stay fp32. fp16 scales the loss."
+    )
+    reduction: Literal["fast", "exact"] = Field(
+        "fast", description="How gradients are summed. exact: the same bits at any number of processes."
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay, a step, of a moving average of the weights, which is what is evaluated."
+    )
     max_nonfinite_steps: Count = Field(10, description="Non-finite steps in a row that end the run.")
 
     @model_validator(mode="after")
     def _ends(self) -> Train:
         if self.epochs is None and self.max_steps is None:
-            raise _problem("give epochs, max_steps, or both (whichever comes first); neither was given")
+            raise problem("give epochs, max_steps, or both (whichever comes first); neither was given")
         return self
 
 
@@ -256,7 +143,7 @@ class _Every(Section):
     @model_validator(mode="after")
     def _one_period(self) -> _Every:
         if self.every_epochs is not None and self.every_steps is not None:
-            raise _problem("every_epochs and every_steps exclude each other; give one of them")
+            raise problem("every_epochs and every_steps exclude each other; give one of them")
         return self
 
 
@@ -274,11 +161,29 @@ class Eval(_Every):
 class Hardware(Section):
     """What computes the run. Nothing here changes the mathematics."""
 
-    engine: Literal["ddp"] = Field("ddp", description="Library that shares the work among processes.")
+    engine: Literal["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "accelerate"] = Field(
+        "ddp", description="Library that shares the work among processes, and what it shards."
+    )
+    shard_optimizer: bool = Field(False, description="Each process keeps a part of the optimiser (DDP).")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="What is kept in CPU memory while a GPU does not need it."
+    )
+    hybrid_shard: bool = Field(False, description="Shard inside each node, replicate over nodes (FSDP).")
+    fuse: Literal["auto"] | Count = Field(
+        "auto", description="Microbatches run as one forward and backward, results unchanged. 1: none."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, more time."
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further keys of DeepSpeed's configuration (engines zero0 to zero3).",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one process.")
     channels_last: Literal["auto"] | bool = Field("auto", description="Memory layout of images.")
-    unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps (DDP).")
+    unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps.")
     workers: Natural = Field(0, description="Processes that run data.transform ahead. 0: in the rank itself.")
     cache_bytes: Count = Field(
         64 * 2**30, description="Disk space of this node for shards that are streamed from a URL."
@@ -313,51 +218,6 @@ class Track(Section):
     """What is written down on the way."""
 
     every_steps: Count = Field(10, description="Steps between two entries in metrics.jsonl.")
-
-
-NAMED: dict[str, dict[str, type[NamedSection]]] = {
-    "task": {"image_classification": ImageClassification, IMPORT_PATH: ImportedTask},
-    "model": {"cnn5": Cnn5, IMPORT_PATH: ImportedModel},
-    "optim": {"sgd": Sgd, "adamw": AdamW},
-    "schedule": {"constant": Constant, "cosine": Cosine, "step": Step, "one_cycle": OneCycle},
-}
-"""Section -> tag -> class, for the sections that choose by `name`."""
-
-
-def _by_name(section: str) -> Callable[[Any], str | None]:
-    def tag(given: Any) -> str | None:
-        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
-        if not isinstance(name, str):
-            return None
-        known = NAMED[section]
-        return name if name in known else IMPORT_PATH if ":" in name and IMPORT_PATH in known else None
-
-    return tag
-
-
-def _problem(message: str) -> PydanticCustomError:
-    return PydanticCustomError("recipe", "{message}", {"message": message})
-
-
-Task = Annotated[
-    Annotated[ImageClassification, Tag("image_classification")] | Annotated[ImportedTask, Tag(IMPORT_PATH)],
-    Discriminator(_by_name("task")),
-]
-Model = Annotated[
-    Annotated[Cnn5, Tag("cnn5")] | Annotated[ImportedModel, Tag(IMPORT_PATH)],
-    Discriminator(_by_name("model")),
-]
-Optim = Annotated[
-    Annotated[Sgd, Tag("sgd")] | Annotated[AdamW, Tag("adamw")],
-    Discriminator(_by_name("optim")),
-]
-Schedule = Annotated[
-    Annotated[Constant, Tag("constant")]
-    | Annotated[Cosine, Tag("cosine")]
-    | Annotated[Step, Tag("step")]
-    | Annotated[OneCycle, Tag("one_cycle")],
-    Discriminator(_by_name("schedule")),
-]
 
 
 class Recipe(Section):

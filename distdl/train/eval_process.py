@@ -84,4 +84,4 @@ def _newest(recipe: Recipe) -> Path:
 
 
 def _load(engine: Engine, path: Path) -> None:
-    engine.load_model(load_tensors(path, verify(path), lambda name: name.startswith("model/")))
+    engine.load_model(load_tensors(path, verify(path), lambda name: name.startswith(("model/", "ema/"))))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from distdl.capabilities import ENGINES
 from distdl.comm import World, share_problem
 from distdl.errors import Stopped
 from distdl.plan import Plan, share
-from distdl.tasks import Columns
+from distdl.tasks import Batch, Columns
 from distdl.testing.faults import point
 
 if TYPE_CHECKING:
@@ -50,28 +51,43 @@ def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dic
     found: list[dict[str, tuple[float, int]]] = []
     problem: Exception | None = None
     halted = False
-    s.engine.module.eval()
-    try:
+    # Where a forward communicates, ranks must not enter one that another never will: they agree before each,
+    # and a rank without a microbatch repeats one.
+    gathers = ENGINES[s.plan.engine].gathers and s.world.size > 1
+    with s.engine.evaluating():
         for i in range(-(-total // s.world.size)):
-            if i % BOUNDARY == 0:
-                if _agree(s.world, problem, halted):
-                    return None
-                if stop_agreed is not None and stop_agreed():
-                    return None
-            if lo + i < hi and problem is None and not halted:
+            mine = lo + i if lo + i < hi else total - 1 if gathers else None
+            batch = None
+            if mine is not None and problem is None and not halted:
                 try:
                     point("eval.batch", i)
-                    start = (lo + i) * s.plan.micro_batch
-                    found.append(measure(s, start, min(start + s.plan.micro_batch, s.plan.eval_rows)))
+                    batch = fetch(s, *_bounds(s, mine))
                 except Stopped:
                     halted = True  # told to stop while it waited for data
                 except Exception as error:
                     problem = error
+            if (gathers or i % BOUNDARY == 0) and _agree(s.world, problem, halted):
+                return None
+            if i % BOUNDARY == 0 and stop_agreed is not None and stop_agreed():
+                return None
+            if batch is not None:
+                try:
+                    sums = measure(s, batch)
+                except Exception as error:
+                    if gathers:
+                        raise  # the others are inside this forward: there is no boundary to tell them at
+                    problem = error
+                    continue
+                if lo + i < hi:
+                    found.append(sums)
         if _agree(s.world, problem, halted):
             return None
-    finally:
-        s.engine.module.train()
     return _combine([m for part in s.world.gather(found) for m in part])
+
+
+def _bounds(s: Evaluated, number: int) -> tuple[int, int]:
+    start = number * s.plan.micro_batch
+    return start, min(start + s.plan.micro_batch, s.plan.eval_rows)
 
 
 def _agree(world: World, problem: Exception | None, halted: bool) -> bool:
@@ -82,12 +98,15 @@ def _agree(world: World, problem: Exception | None, halted: bool) -> bool:
     return stopped > 0
 
 
-def measure(s: Evaluated, start: int, stop: int) -> dict[str, tuple[float, int]]:
-    """Sum and count of every metric over evaluation rows [start, stop). The module is in evaluation mode."""
-    ids = np.arange(start, stop)
-    batch = s.engine.place(s.task.collate(Columns(s.eval_rows.gather(ids))))
-    bf16 = s.plan.precision == "bf16"
-    with torch.no_grad(), torch.autocast(s.engine.device.type, torch.bfloat16, enabled=bf16):
+def fetch(s: Evaluated, start: int, stop: int) -> Batch:
+    """Evaluation rows [start, stop), collated and on the engine's device."""
+    return s.engine.place(s.task.collate(Columns(s.eval_rows.gather(np.arange(start, stop)))))
+
+
+def measure(s: Evaluated, batch: Batch) -> dict[str, tuple[float, int]]:
+    """Sum and count of every metric over one batch. Call inside `engine.evaluating`."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.plan.precision)
+    with torch.no_grad(), torch.autocast(s.engine.device.type, dtype or torch.bfloat16, enabled=bool(dtype)):
         sums = s.task.metric_sums(s.engine.module, batch)
     return {name: (float(total), int(count)) for name, (total, count) in sums.items()}
 

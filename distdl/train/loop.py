@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from distdl import errors
 from distdl.checkpoint.write import save
+from distdl.engines import Applied, Group, Pass
 from distdl.keys import key, seed_everything
 from distdl.record import append_line, put_row
 from distdl.tasks import Batch, Task
 from distdl.testing.faults import point
+from distdl.train.batches import Micro
 from distdl.train.evaluate import evaluate, exact_sum
 from distdl.train.schedule import learning_rate
 from distdl.train.session import Session, StepBatch
@@ -60,31 +62,36 @@ def train_step(s: Session, batch: StepBatch) -> None:
     losses = []
     if batch.total:
         for i, micro in enumerate(batch.micros):
-            seed_everything(key(s.recipe.train.seed, "model", step, micro.number))
-            losses.append(
-                s.engine.microstep(
-                    loss_of(s.task, s.engine.place(micro.batch)),
-                    micro.count,
-                    batch.total,
-                    weight=micro.weight,
-                    last=i == len(batch.micros) - 1,
-                )
-            )
+            this = pass_of(s, micro, last=i == len(batch.micros) - 1)
+            seed_everything(this.groups[0].key)
+            losses.append(s.engine.microstep(loss_of(s.task, s.engine.place(micro.batch)), this, batch.total))
         applied = s.engine.apply(lr, s.plan.counts(step))
-        updated, norm = applied.updated, applied.grad_norm
     else:
-        updated, norm = False, 0.0  # nothing counted in this step: no gradient, no update
+        applied = Applied(False, 0.0)  # nothing counted in this step: no gradient, no update
+    norm = applied.grad_norm
     s.state.step += 1
     s.state.samples += s.plan.step_size(step)
-    s.state.updates += updated
-    s.state.nonfinite_in_row = 0 if math.isfinite(norm) else s.state.nonfinite_in_row + 1
+    s.state.updates += applied.updated
+    diverging = not math.isfinite(norm) and not applied.rescaled
+    s.state.nonfinite_in_row = s.state.nonfinite_in_row + 1 if diverging else 0
     s.beat("step")
     if not s.stepped:
         s.stepped = True
         s.event("first_step")
     log(s, batch, losses, lr, norm)
-    if not math.isfinite(norm):
+    if applied.rescaled:
+        s.event("loss_scale_lowered")
+    if diverging:
         note_nonfinite(s, norm)
+
+
+def pass_of(s: Session, micro: Micro, *, last: bool) -> Pass:
+    """What the engine needs to know of a microbatch beside its tensors."""
+    rows = next(iter(micro.batch.values())).shape[0]
+    group = Group(
+        micro.number, micro.count, rows, key(s.recipe.train.seed, "model", s.state.step, micro.number)
+    )
+    return Pass((group,), micro.weight, last)
 
 
 def loss_of(task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:

@@ -30,7 +30,7 @@ from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
 from distdl.train.batches import Batches
-from distdl.train.evaluate import measure
+from distdl.train.evaluate import fetch, measure
 from distdl.train.notices import Notices
 from distdl.train.resume import Identity, Resumed, resume
 from distdl.train.session import Session, evaluation_due
@@ -168,11 +168,8 @@ def take_evaluation(o: Opening, state: TrainState, row: dict[str, Any]) -> None:
 
 def check_metric(s: Session) -> None:
     """Measure one row, so that a mistyped `eval.metric` or a broken task is found before the first step."""
-    s.engine.module.eval()
-    try:
-        found = measure(s, 0, 1)
-    finally:
-        s.engine.module.train()
+    with s.engine.evaluating():
+        found = measure(s, fetch(s, 0, 1))
     if s.recipe.eval.metric not in found:
         raise RecipeError(
             f"eval.metric = {s.recipe.eval.metric!r}: this task measures {', '.join(found)}"

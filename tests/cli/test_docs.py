@@ -464,7 +464,7 @@ def test_the_recipe_page_lists_every_key_as_the_schema_has_it() -> None:
 
 def test_the_tables_say_what_the_models_do() -> None:
     """Against the classes themselves, in case the writer of the tables is wrong."""
-    from distdl.recipe.schema import NAMED
+    from distdl.recipe.named import NAMED
 
     listed = {row[0].strip("`"): row[2] for row in table_rows(ROOT / "docs" / "recipe.md")}
     for section in SECTIONS:

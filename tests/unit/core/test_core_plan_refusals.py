@@ -115,10 +115,34 @@ def test_a_split_that_is_missing_or_empty(key: str, rows: dict[str, int], says: 
 
 
 def test_an_engine_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "ddp", replace(ENGINES["ddp"], precisions=("fp32",)))
+    for name in list(ENGINES):
+        monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], precisions=("fp32",)))
     text = refusal(train={"epochs": 1, "precision": "bf16"})
     assert "engine 'ddp' cannot do train.precision = 'bf16' (it does fp32); engines that can: none" in text
     monkeypatch.setitem(ENGINES, "other", replace(ENGINES["ddp"], precisions=("fp32", "bf16")))
     assert refusal(train={"epochs": 1, "precision": "bf16"}).endswith("engines that can: other")
     monkeypatch.setitem(ENGINES, "ddp", replace(ENGINES["ddp"], devices=("cuda",)))
     assert "hardware.device = 'cpu'" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"train": {"epochs": 1, "reduction": "exact"}, "hardware": {"engine": "fsdp"}},
+            "engine 'fsdp' cannot do train.reduction = 'exact' (it does fast); engines that can: ddp",
+        ),
+        (
+            {"hardware": {"engine": "zero1", "shard_optimizer": True}},
+            "engine 'zero1' cannot do hardware.shard_optimizer = true (it does false); engines that can: ddp",
+        ),
+        (
+            {"hardware": {"engine": "zero2", "offload": "parameters"}},
+            "hardware.offload = 'parameters' (it does none, optimizer); engines that can: fsdp, zero3",
+        ),
+        ({"hardware": {"hybrid_shard": True}}, "engines that can: fsdp"),
+        ({"hardware": {"deepspeed": {"steps_per_print": 5}}}, "choose one of zero0, zero1, zero2, zero3"),
+    ],
+)
+def test_what_an_engine_cannot_do_names_those_that_can(sections: dict[str, Any], says: str) -> None:
+    assert says in refusal(**sections)

@@ -42,7 +42,7 @@ def refusal(text: str = BASE, *overrides: str) -> str:
             "momentum: 0.9",
             "momentun: 0.9",
             "x.yaml:8: optim.momentun = 0.9: unknown key; did you mean 'momentum'? "
-            "allowed: name, lr, clip_norm, decay_norms_and_biases, momentum, nesterov, weight_decay",
+            "allowed: name, lr, clip_norm, freeze, decay_norms_and_biases, momentum, nesterov, weight_decay",
         ),
         ("lr: 0.1", "lr: abc", 'x.yaml:7: optim.lr = "abc": expected a number greater than 0'),
         ("lr: 0.1", "lr: 0", "x.yaml:7: optim.lr = 0: out of range; expected a number greater than 0"),
@@ -104,8 +104,11 @@ def test_file_line_key_value_and_what_is_allowed(old: str, new: str, message: st
         ("train.seed=-1", "train.seed = -1: out of range; expected a whole number of at least 0 and at most"),
         ("hardware.threads=0", "expected 'auto' or a whole number of at least 1"),
         ("hardware.channels_last=maybe", "expected 'auto' or true or false"),
-        ("hardware.engine=fsdp", "hardware.engine = \"fsdp\": expected 'ddp'"),
-        ("train.precision=fp16", "expected one of 'fp32', 'bf16'"),
+        (
+            "hardware.engine=fsdpp",
+            "hardware.engine = \"fsdpp\": expected one of 'ddp', 'fsdp', 'zero0'",
+        ),
+        ("train.precision=fp8", "expected one of 'fp32', 'bf16', 'fp16'"),
         ("eval.patience=0", "expected a whole number of at least 1 or null"),
         ("eval.metric=", "eval.metric = null: expected a text that is not empty"),
         ("data.augment.flp=true", "data.augment.flp = true: unknown key; did you mean 'flip'? allowed: flip"),

@@ -26,7 +26,7 @@ from distdl.recipe import (
     recipe_hash,
     to_yaml,
 )
-from distdl.recipe.schema import NAMED
+from distdl.recipe.named import NAMED
 from distdl.recipe.tree import dump_yaml, parse_yaml, plain
 
 quick = settings(database=None, deadline=None, max_examples=40)

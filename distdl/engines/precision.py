@@ -1,0 +1,69 @@
+"""Arithmetic: autocast for bf16 and fp16 over fp32 weights, and the loss scale of fp16.
+
+The loss is scaled so that small gradients do not vanish in fp16 (Micikevicius et al., 2018). The scale is
+part of the state of a run: it grows after many good steps and falls where a gradient overflows, on all ranks
+alike, since it follows the global gradient norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distdl.errors import Incompatible
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_GROWTH_STEPS = 2000
+_LARGEST = 2.0**24
+
+
+class Precision:
+    """What `train.precision` means for one rank. With fp32 and bf16 the scale is 1 and stays 1."""
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        self.dtype = _DTYPES.get(precision)
+        self.scale = 2.0**16 if precision == "fp16" else 1.0
+        self._scales = precision == "fp16"
+        self._device = device.type
+        self._good_steps = 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward; does nothing for fp32."""
+        return torch.autocast(self._device, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def note(self, grad_norm: float) -> bool:
+        """After each step, with the norm of the unscaled gradient: adapt the scale. True: it was lowered."""
+        if not self._scales:
+            return False
+        if math.isfinite(grad_norm):
+            self._good_steps += 1
+            if self._good_steps >= _GROWTH_STEPS:
+                self.scale, self._good_steps = min(self.scale * 2, _LARGEST), 0
+            return False
+        self._good_steps = 0
+        lowered = self.scale > 1.0
+        self.scale = max(self.scale / 2, 1.0)
+        return lowered
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``scaler/scale`` (float64) and ``scaler/good_steps`` (int64), no dimension; nothing if not fp16."""
+        if not self._scales:
+            return {}
+        return {
+            "scaler/scale": torch.tensor(self.scale, dtype=torch.float64),
+            "scaler/good_steps": torch.tensor(self._good_steps, dtype=torch.int64),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `tensors` returned; a state without a scale leaves this one. Raises Incompatible."""
+        if not self._scales or "scaler/scale" not in tensors:
+            return
+        scale = float(tensors["scaler/scale"])
+        if not (math.isfinite(scale) and scale >= 1):
+            raise Incompatible(f"the checkpoint's loss scale is {scale}: expected a number of at least 1")
+        self.scale, self._good_steps = scale, int(tensors["scaler/good_steps"])

@@ -1,0 +1,181 @@
+"""The sections that choose by name: task, model, optimiser and schedule, each with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from distdl.recipe.base import (
+    IMPORT_PATTERN,
+    Count,
+    Factor,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    problem,
+)
+
+IMPORT_PATH = "import path"
+"""Tag of the union members whose name is `package.module:attribute`."""
+
+
+class NamedSection(Section):
+    """A section that chooses by `name`; its other keys are options of what was chosen."""
+
+    name: str = Field(description="What is chosen.")
+
+    def options(self) -> dict[str, Any]:
+        """Every key but `name`, extra keys included, as JSON values: keyword arguments for what is named."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"name"})
+
+
+class ImageClassification(NamedSection):
+    """Images to one of N classes, by cross-entropy; the metric is accuracy."""
+
+    name: Literal["image_classification"] = Field(description="The task.")
+    label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
+
+
+class ImportedTask(NamedSection):
+    """A task of your own. Keys beside `name` are passed to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=IMPORT_PATTERN, description="Import path, package.module:attribute.")
+
+
+class Cnn5(NamedSection):
+    """Five convolutions with normalisation and pooling, and a fully connected head."""
+
+    name: Literal["cnn5"] = Field(description="The model.")
+    width: Count = Field(32, description="Channels of the first convolution.")
+    norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
+    dropout: Fraction = Field(0.0, description="Probability of dropping an activation before the last layer.")
+    hidden: Count = Field(128, description="Units of the hidden fully connected layer.")
+
+
+class ImportedModel(NamedSection):
+    """A model of your own, made by a factory. Keys beside `name` are passed to the factory."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(
+        pattern=IMPORT_PATTERN, description="Import path of its factory, package.module:factory."
+    )
+
+
+class _Optimiser(NamedSection):
+    lr: Positive = Field(description="Peak learning rate; the schedule multiplies it.")
+    clip_norm: Positive | None = Field(None, description="Largest norm of the gradient; null: no limit.")
+    freeze: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        (), description="Parameters that are not trained: names, with * and ? as in file names."
+    )
+    decay_norms_and_biases: bool = Field(False, description="Also decay normalisation weights and biases.")
+
+
+class Sgd(_Optimiser):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = Field(description="The optimiser.")
+    momentum: Fraction = Field(0.0, description="Share of the last update that is kept.")
+    nesterov: bool = Field(False, description="Look ahead by the momentum before the gradient is applied.")
+    weight_decay: NotNegative = Field(0.0, description="Multiple of the weights added to the gradient.")
+
+
+class AdamW(_Optimiser):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    name: Literal["adamw"] = Field(description="The optimiser.")
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
+        (0.9, 0.999), description="Decay of the running mean and of the running mean square."
+    )
+    eps: Positive = Field(1e-8, description="Added to the denominator.")
+    weight_decay: NotNegative = Field(0.01, description="Share of the weights, times lr, lost in a step.")
+
+
+class _Warmup(NamedSection):
+    warmup_steps: Natural = Field(0, description="Steps over which the learning rate rises to its peak.")
+
+
+class Constant(_Warmup):
+    """The peak learning rate throughout."""
+
+    name: Literal["constant"] = Field(description="The schedule.")
+
+
+class Cosine(_Warmup):
+    """Half a cosine from the peak to `final_factor` times it, over the whole run."""
+
+    name: Literal["cosine"] = Field(description="The schedule.")
+    final_factor: Factor = Field(0.0, description="Last learning rate, as a share of the peak.")
+
+
+class Step(_Warmup):
+    """Multiply by `gamma` every so many epochs, or steps."""
+
+    name: Literal["step"] = Field(description="The schedule.")
+    every_epochs: Count | None = Field(None, description="Epochs between two drops.")
+    every_steps: Count | None = Field(None, description="Steps between two drops.")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Factor of one drop.")
+
+    @model_validator(mode="after")
+    def _one_period(self) -> Step:
+        if (self.every_epochs is None) == (self.every_steps is None):
+            given = "neither was given" if self.every_epochs is None else "both were given"
+            raise problem(f"give exactly one of every_epochs and every_steps; {given}")
+        return self
+
+
+class OneCycle(NamedSection):
+    """Up to the peak, then down far below the start (Smith and Topin, 2018)."""
+
+    name: Literal["one_cycle"] = Field(description="The schedule.")
+    peak_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="Share of the run before the peak.")
+    start_factor: Factor = Field(0.04, description="First learning rate, as a share of the peak.")
+    final_factor: Factor = Field(1e-4, description="Last learning rate, as a share of the peak.")
+
+
+NAMED: dict[str, dict[str, type[NamedSection]]] = {
+    "task": {"image_classification": ImageClassification, IMPORT_PATH: ImportedTask},
+    "model": {"cnn5": Cnn5, IMPORT_PATH: ImportedModel},
+    "optim": {"sgd": Sgd, "adamw": AdamW},
+    "schedule": {"constant": Constant, "cosine": Cosine, "step": Step, "one_cycle": OneCycle},
+}
+"""Section -> tag -> class, for the sections that choose by `name`."""
+
+
+def _by_name(section: str) -> Callable[[Any], str | None]:
+    def tag(given: Any) -> str | None:
+        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
+        if not isinstance(name, str):
+            return None
+        known = NAMED[section]
+        return name if name in known else IMPORT_PATH if ":" in name and IMPORT_PATH in known else None
+
+    return tag
+
+
+Task = Annotated[
+    Annotated[ImageClassification, Tag("image_classification")] | Annotated[ImportedTask, Tag(IMPORT_PATH)],
+    Discriminator(_by_name("task")),
+]
+Model = Annotated[
+    Annotated[Cnn5, Tag("cnn5")] | Annotated[ImportedModel, Tag(IMPORT_PATH)],
+    Discriminator(_by_name("model")),
+]
+Optim = Annotated[
+    Annotated[Sgd, Tag("sgd")] | Annotated[AdamW, Tag("adamw")],
+    Discriminator(_by_name("optim")),
+]
+Schedule = Annotated[
+    Annotated[Constant, Tag("constant")]
+    | Annotated[Cosine, Tag("cosine")]
+    | Annotated[Step, Tag("step")]
+    | Annotated[OneCycle, Tag("one_cycle")],
+    Discriminator(_by_name("schedule")),
+]
