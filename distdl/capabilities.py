@@ -36,6 +36,7 @@ class Capabilities:
     shard_optimizer: tuple[bool, ...] = (False,)
     hybrid_shard: tuple[bool, ...] = (False,)
     compiles: tuple[bool, ...] = (False, True)
+    unused_parameters: tuple[bool, ...] = (False, True)
 
 
 ENGINES: dict[str, Capabilities] = {
@@ -59,6 +60,8 @@ ENGINES: dict[str, Capabilities] = {
         flattens=True,
         shards=("gradients", "optimizer"),
         offloads=("none", "optimizer"),
+        # It sends gradients as they come: their order must be the same on all ranks.
+        unused_parameters=(False,),
     ),
     "zero3": Capabilities(
         equal_counts=True,
@@ -67,6 +70,9 @@ ENGINES: dict[str, Capabilities] = {
         flattens=True,
         shards=("parameters", "gradients", "optimizer"),
         offloads=("none", "optimizer", "parameters"),
+        # Its hooks gather and send in the order of the first step, on all ranks alike.
+        compiles=(False,),
+        unused_parameters=(False,),
     ),
     "accelerate": Capabilities(needs_one=True),
 }
@@ -83,6 +89,7 @@ def check_engine(recipe: Recipe, device: str) -> None:
         "hardware.shard_optimizer": (hardware.shard_optimizer, "shard_optimizer"),
         "hardware.hybrid_shard": (hardware.hybrid_shard, "hybrid_shard"),
         "hardware.compile": (hardware.compile, "compiles"),
+        "hardware.unused_parameters": (hardware.unused_parameters, "unused_parameters"),
     }
     for key, (value, attribute) in asked.items():
         allowed = getattr(ENGINES[hardware.engine], attribute)
@@ -92,12 +99,28 @@ def check_engine(recipe: Recipe, device: str) -> None:
                 f"engine {hardware.engine!r} cannot do {key} = {_shown(value)} (it does "
                 f"{', '.join(map(_plain, allowed))}); engines that can: {', '.join(able) or 'none'}"
             )
+    if ENGINES[hardware.engine].flattens and _looks_at_whole_parameters(recipe):
+        fitting = ", ".join(name for name, can in ENGINES.items() if not can.flattens)
+        own = (
+            ". If it updates each weight by its own gradient and state alone, say optim.elementwise=true"
+            if ":" in recipe.optim.name
+            else ""
+        )
+        raise PlanError(
+            f"engine {hardware.engine!r} hands the optimiser slices of parameters, and optim.name = "
+            f"{recipe.optim.name!r} has to see whole ones; engines that can: {fitting}{own}"
+        )
     if hardware.deepspeed and not hardware.engine.startswith("zero"):
         raise PlanError(
             f"hardware.deepspeed has keys ({', '.join(hardware.deepspeed)}), and hardware.engine = "
             f"{hardware.engine!r} is not DeepSpeed's: leave them out, or choose one of "
             f"{', '.join(name for name in ENGINES if name.startswith('zero'))}"
         )
+
+
+def _looks_at_whole_parameters(recipe: Recipe) -> bool:
+    optim = recipe.optim
+    return optim.name in ("lamb", "adafactor") or not getattr(optim, "elementwise", True)
 
 
 def _shown(value: object) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distdl.capabilities import ENGINES, check_engine
 from distdl.errors import DataError, PlanError, nearest
 from distdl.topology import Topology
+from distdl.zero_config import deepspeed_config
 
 if TYPE_CHECKING:
     from distdl.recipe import Recipe
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Field:
-    """One column of a dataset: element type and shape of one row (None: varies); `num_classes` for labels."""
+    """One column of a dataset: element type and shape of one row (None: varies); `num_classes` for labels.
+
+    `vocabulary`: how many different token ids there are, from 0, in a column of tokens.
+    """
 
     dtype: str
     shape: tuple[int | None, ...] = ()
     num_classes: int | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,10 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision of a run. Steps count optimiser steps of the whole world, never of a rank."""
+    """Every decision of a run. Steps count optimiser steps of the whole world, never of a rank.
+
+    `fuse`: microbatches that one forward and backward takes at most; `separate`: why no more than one.
+    """
 
     engine: str
     device: str
@@ -78,6 +86,8 @@ class Plan:
     dropped_rows: int
     eval_every: int | None
     save_every: int | None
+    fuse: int
+    separate: str | None
 
     @property
     def microbatches(self) -> int:
@@ -172,7 +182,8 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     device = _device(recipe, topology)
     check_engine(recipe, device)
     _check_patience(recipe, topology, data)
-    return Plan(
+    fuse, separate = _fuse(recipe, topology, device)
+    plan = Plan(
         engine=recipe.hardware.engine,
         device=device,
         precision=train.precision,
@@ -191,11 +202,35 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
         dropped_rows=dropped,
         eval_every=_every(recipe.eval.every_steps, recipe.eval.every_epochs, per_epoch),
         save_every=_every(recipe.checkpoint.every_steps, recipe.checkpoint.every_epochs, per_epoch),
+        fuse=fuse,
+        separate=separate,
     )
+    if recipe.hardware.deepspeed:
+        deepspeed_config(plan, recipe)  # refuses what contradicts the recipe
+    return plan
 
 
 def _every(steps: int | None, epochs: int | None, per_epoch: int) -> int | None:
     return steps if steps else epochs * per_epoch if epochs else None
+
+
+def _fuse(recipe: Recipe, topology: Topology, device: str) -> tuple[int, str | None]:
+    """How many neighbouring microbatches a pass takes at most, and what forbids more than one."""
+    batch, hardware = recipe.batch, recipe.hardware
+    for forbids, why in (
+        (recipe.train.reduction == "exact", "train.reduction: exact adds gradients microbatch by microbatch"),
+        (hardware.gradient_checkpointing, "hardware.gradient_checkpointing saves memory, which this takes"),
+        (hardware.compile, "hardware.compile fixes what a pass computes"),
+        (hardware.fuse == 1, "hardware.fuse: 1"),
+    ):
+        if forbids:
+            return 1, why
+    most = -(-batch.global_ // batch.micro // topology.world_size)
+    if hardware.fuse != "auto":
+        return min(most, hardware.fuse), None
+    if device == "cpu" and most > 1:
+        return 1, "on a CPU by default: small batches cost it little"
+    return most, None
 
 
 def _prefetch_steps(recipe: Recipe, device: str) -> int:
@@ -208,6 +243,8 @@ def _prefetch_steps(recipe: Recipe, device: str) -> int:
 def _threads(recipe: Recipe, topology: Topology, device: str) -> int:
     if recipe.hardware.threads != "auto":
         return recipe.hardware.threads
+    if recipe.train.reduction == "exact" and device == "cpu":
+        return 1  # sums inside a kernel depend on its threads, which must not depend on the number of ranks
     return max(1, topology.cpus // topology.local_world_size)
 
 

@@ -14,6 +14,7 @@ from distdl import __version__, errors
 from distdl.cli.data import data_app
 from distdl.errors import DistdlError
 from distdl.lifeline import die_with_parent
+from distdl.memory import Memory
 from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.topology import Topology, visible_gpus
@@ -146,15 +147,24 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
     procs: Annotated[Optional[int], typer.Option(min=1, help="Processes a node.")] = None,  # noqa: UP045
     engine: EngineName = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also what a process needs: builds the model, imports torch.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> int:
     """Print what would happen, on a machine that need not be able to do it. Imports no torch."""
     recipe = _load(config, overrides, engine)
     decided = _plan(recipe, nodes, procs)
+    needed = None
+    if memory:
+        from distdl.train.sizing import measured_memory
+
+        needed = measured_memory(recipe, decided)
     if as_json:
-        print(json.dumps(decided.as_dict(), indent=2))  # noqa: T201
+        extra = {"memory_bytes": needed.as_dict()} if needed else {}
+        print(json.dumps(decided.as_dict() | extra, indent=2))  # noqa: T201
     else:
-        _show_plan(recipe, decided)
+        _show_plan(recipe, decided, needed)
     return errors.DONE
 
 
@@ -187,8 +197,10 @@ def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:
     return make_plan(recipe, Topology.of(nodes, procs, gpus=gpus), info)
 
 
-def _show_plan(recipe: Recipe, decided: Plan) -> None:
+def _show_plan(recipe: Recipe, decided: Plan, memory: Memory | None = None) -> None:
     from distdl.observe.console import show
     from distdl.observe.plan_table import plan_rows
 
     show("plan", {"recipe": recipe_hash(recipe)} | plan_rows(decided))
+    if memory is not None:
+        show("memory of one process", memory.shown())

@@ -1,4 +1,4 @@
-"""Datasets by name: where each is on the hub, how it is prepared, and the one that comes with the package."""
+"""Datasets by name: where each is on the hub, how it is prepared, and which come with the package."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ _FASHION = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One dataset: its place on the hub and the options it is prepared with unless others are given."""
+    """One dataset: where it comes from and the options it is prepared with unless others are given."""
 
     hub: str
+    """Its id on the hub, or a folder inside this package."""
     licence: str
     config: str | None = None
     columns: tuple[str, ...] | None = None
@@ -47,12 +48,18 @@ class Entry:
     class_names: tuple[str, ...] | None = None
     """Names of the classes, for sources that only number them."""
     embedded: Path | None = None
-    """A folder of Parquet files inside this package: a subset that needs no download."""
+    """A folder inside this package, of Parquet files or prepared: nothing to download, maybe a subset."""
 
 
 CATALOGUE: dict[str, Entry] = {
     "fashion_mnist": Entry(
         "zalando-datasets/fashion_mnist", "MIT", class_names=_FASHION, embedded=_EMBEDDED / "fashion_mnist"
+    ),
+    "sentiment": Entry(
+        str(_EMBEDDED / "sentiment" / "text"),
+        "MIT",
+        tokenize=("text",),
+        embedded=_EMBEDDED / "sentiment",
     ),
     "mnist": Entry("ylecun/mnist", "not stated by its authors"),
     "cifar10": Entry("uoft-cs/cifar10", "not stated by its authors", rename={"img": "image"}),

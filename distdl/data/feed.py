@@ -204,4 +204,6 @@ def _words(fields: Mapping[str, Field], name: str) -> str:
     if found is None:
         return "missing"
     shape = "".join(f"[{'varying' if n is None else n}]" for n in found.shape)
-    return f"{found.dtype}{shape}" + (f" of {found.num_classes} classes" if found.num_classes else "")
+    tokens = f" of {found.vocabulary} tokens" if found.vocabulary else ""
+    classes = f" of {found.num_classes} classes" if found.num_classes else ""
+    return f"{found.dtype}{shape}{classes}{tokens}"

@@ -89,6 +89,8 @@ class Index(_Part):
     columns: dict[str, Column]
     splits: dict[str, Split]
     others: tuple[DataFile, ...] = Field(default=(), strict=False)
+    vocabulary: dict[str, Natural] = {}
+    """Column of tokens -> how many different ones its tokenizer has."""
     prepared: dict[str, Any] = {}
     """How it was made: source, options and versions, for a person to read."""
 
@@ -106,7 +108,9 @@ class Index(_Part):
     def info(self) -> plan.DataInfo:
         """What the plan needs to know."""
         fields = {
-            name: plan.Field(c.dtype, c.shape, len(c.classes) if c.classes else None)
+            name: plan.Field(
+                c.dtype, c.shape, len(c.classes) if c.classes else None, self.vocabulary.get(name)
+            )
             for name, c in self.columns.items()
         }
         rows = {name: split.rows for name, split in self.splits.items()}

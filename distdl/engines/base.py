@@ -43,11 +43,13 @@ class Pass:
     """One forward and backward: one microbatch, or neighbours that are run as one.
 
     `weight` 0 is a repeat that only takes part in the communication. `last`: this rank's last of the step.
+    `microbatches`: how many the step has, over all ranks.
     """
 
     groups: tuple[Group, ...]
     weight: int
     last: bool
+    microbatches: int = 1
 
 
 class Engine(Protocol):

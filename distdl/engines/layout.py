@@ -20,9 +20,13 @@ class Layout:
     def take(self, model: nn.Module) -> None:
         """Move the model, in place. "auto" is on where it has 4-D convolutions."""
         model.to(self._device)
-        self.channels_last = bool(self._wanted) if self._wanted != "auto" else _has_2d_convolutions(model)
+        self.decide(model)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def decide(self, model: nn.Module) -> None:
+        """Settle the layout of batches, and leave the model where and as it is."""
+        self.channels_last = bool(self._wanted) if self._wanted != "auto" else _has_2d_convolutions(model)
 
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch on the device; does not wait for the copy where its memory is pinned."""

@@ -3,38 +3,104 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from distdl.engines.optimisers import Lamb, Lion
+from distdl.engines.rehearsal import rehearse
 from distdl.errors import Incompatible, RecipeError, nearest
+from distdl.imports import import_attribute
 
 if TYPE_CHECKING:
-    from distdl.recipe.named import AdamW, Sgd
+    from distdl.recipe.named import AnyOptimiser
 
-_SLOTS: dict[type[torch.optim.Optimizer], set[str]] = {
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+_BUILT_IN: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+    "lion": Lion,
+    "lamb": Lamb,
 }
 
+_SLOTS: dict[type[torch.optim.Optimizer], tuple[set[str], ...]] = {
+    torch.optim.SGD: ({"momentum_buffer"},),
+    torch.optim.AdamW: ({"step", "exp_avg", "exp_avg_sq"},),
+    torch.optim.Adafactor: ({"step", "row_var", "col_var"}, {"step", "variance"}),
+    Lion: ({"exp_avg"},),
+    Lamb: ({"step", "exp_avg", "exp_avg_sq"},),
+}
+"""What a parameter has after a step; of Adafactor, a matrix or a vector. Others are rehearsed."""
 
-def build_optimizer(model: nn.Module, optim: Sgd | AdamW) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters. Norms and biases (one dimension or none) are not decayed
+_FLAT = {"row_var": -1, "col_var": -2}
+"""Slots that have the parameter's shape but for this dimension, of which they have 1."""
+
+_WHOLE = {slot for each in _SLOTS.values() for slots in each for slot in slots} - {"step", *_FLAT}
+"""Slots that have the parameter's shape."""
+
+_NUMBER, _GROUP = "number.", "group."
+"""Slots that hold a Python number: of the parameter's state, or of its group's options."""
+
+_OWN_KEYS = ("lr", "clip_norm", "freeze", "decay_norms_and_biases", "elementwise", "weight_decay")
+
+
+def build_optimizer(model: nn.Module, optim: AnyOptimiser, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters. Norms and biases (one dimension or none) are not decayed
     unless `optim.decay_norms_and_biases` says so. The learning rate is set at every step.
+
+    `fused` asks for torch's fused kernels, where there are: their bits depend on how parameters are sharded.
+    Raises RecipeError for a class of a user's own that cannot be imported, made or saved.
     """
+    given = optim.options()
+    keys = {k: _tupled(v) for k, v in given.items() if k not in _OWN_KEYS}
+    if fused and optim.name in ("sgd", "adamw"):
+        keys["fused"] = True
+    groups = _groups(model, optim, given.get("weight_decay"))
+    if optim.name in _BUILT_IN:
+        return _BUILT_IN[optim.name](groups, lr=optim.lr, **keys)
+    return _imported(optim.name, groups, optim.lr, keys)
+
+
+def _groups(model: nn.Module, optim: AnyOptimiser, decay: float | None) -> list[dict[str, Any]]:
+    """Parameter groups: what is decayed (and scaled by LAMB), and the rest; or one, without a decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if decay is None:
+        return [{"params": trainable}]
     decayed = [p for p in trainable if p.ndim > 1 or optim.decay_norms_and_biases]
     plain = [p for p in trainable if not (p.ndim > 1 or optim.decay_norms_and_biases)]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, optim.weight_decay), (plain, 0.0))
-        if group
-    ]
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+    adapt = [{"adapt": True}, {"adapt": False}] if optim.name == "lamb" else [{}, {}]
+    groups = [{"params": decayed, "weight_decay": decay, **adapt[0]}]
+    groups += [{"params": plain, "weight_decay": 0.0, **adapt[1]}]
+    return [group for group in groups if group["params"]]
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _imported(
+    path: str, groups: list[dict[str, Any]], lr: float, keys: dict[str, Any]
+) -> torch.optim.Optimizer:
+    kind = import_attribute(path, "optim.name")
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise RecipeError(f"optim.name = {path!r} is {kind!r}: expected a subclass of torch.optim.Optimizer")
+    try:
+        optimizer = kind(groups, lr=lr, **keys)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"optim.name = {path!r}: making it with lr and {sorted(keys)} of the recipe failed: {error}"
+        ) from error
+    for group in optimizer.param_groups:
+        for _, alike in groupby(sorted(group["params"], key=_shape), _shape):
+            rehearse(optimizer, group, next(alike))
+    return optimizer
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(parameter.shape)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -64,13 +130,37 @@ def clip_factor(norm: float, clip_norm: float | None) -> float:
 
 
 def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """``model/<name>`` for parameters and buffers, ``optim/<slot>/<name>`` for optimiser state. No copies."""
+    """``model/<name>`` for parameters and buffers, ``optim/<slot>/<name>`` for optimiser state. No copies.
+
+    Numbers that an optimiser of a user's own keeps become tensors without a dimension, in slots
+    ``number.<key>`` (of a parameter's state) and ``group.<key>`` (of its group).
+    """
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    of_groups = {p: slots for g in optimizer.param_groups for slots in [_group_slots(optimizer, g)]
+                 for p in g["params"]}  # fmt: skip
     for name, parameter in model.named_parameters():
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optim/{slot}/{name}"] = value
+        state = optimizer.state.get(parameter)
+        if state:
+            slots = _as_slots(state) | of_groups[parameter]
+            tensors |= {f"optim/{slot}/{name}": value for slot, value in slots.items()}
     return tensors
+
+
+def _group_slots(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Tensor]:
+    if type(optimizer) in _SLOTS or not group["params"]:
+        return {}
+    keys = rehearse(optimizer, group, group["params"][0]).group
+    return {f"{_GROUP}{k}": _as_tensor(group[k]) for k in keys if k in group}
+
+
+def _as_slots(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return tensors | {f"{_NUMBER}{k}": _as_tensor(v) for k, v in state.items() if isinstance(v, int | float)}
+
+
+def _as_tensor(number: float) -> Tensor:
+    """bool, int64 or float64, of no dimension: nothing is rounded."""
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
 def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -79,37 +169,102 @@ def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
     State of another kind of optimiser is left out: a run that was allowed to change its own begins it afresh.
     """
     check_model(model, tensors)
-    parameters = dict(model.named_parameters())
+    slots = check_slots({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors)
+    load_model(model, tensors)
+    optimizer.state.clear()
+    found: dict[str, dict[str, Tensor]] = {}
+    for slot, name in slots:
+        found.setdefault(name, {})[slot] = tensors[f"optim/{slot}/{name}"]
+    names = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            mine = found.get(names[parameter])
+            if mine:
+                _take(optimizer, group, parameter, mine)
+
+
+def _take(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, found: dict[str, Tensor]
+) -> None:
+    """Give one parameter its state, where it is that of this kind of optimiser."""
+    like: dict[str, Any] = {}
+    if type(optimizer) in _SLOTS:
+        if set(found) not in _SLOTS[type(optimizer)]:
+            return
+    else:
+        kept = rehearse(optimizer, group, parameter)
+        like = kept.state
+        wanted = set(_as_slots(like)) | {f"{_GROUP}{k}" for k in kept.group}
+        if not wanted <= set(found):
+            return
+        group |= {k[len(_GROUP) :]: v.item() for k, v in found.items() if k.startswith(_GROUP)}
+    state = optimizer.state[parameter]
+    state.update({k: v for k, v in like.items() if v is None})
+    for slot, value in found.items():
+        if slot.startswith(_NUMBER):
+            state[slot[len(_NUMBER) :]] = value.item()
+        elif not slot.startswith(_GROUP):
+            state[slot] = _placed(slot, value, group, parameter, like.get(slot))
+
+
+def _placed(slot: str, value: Tensor, group: dict[str, Any], parameter: Tensor, like: Any) -> Tensor:
+    """A copy of `value` where the optimiser wants it; of the parameter's shape, in its memory format."""
+    if slot != "step" and value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    if isinstance(like, Tensor):
+        return value.to(like.device, copy=True)
+    # Step counters stay on the CPU, where to read one costs nothing, but for kernels that read them.
+    on_cpu = slot == "step" and not (group.get("fused") or group.get("capturable"))
+    return value.to("cpu" if on_cpu else parameter.device, copy=True)
+
+
+def known_slots(optimizer: torch.optim.Optimizer) -> set[str]:
+    """The names of the tensors that this kind of optimiser keeps for a parameter."""
+    if type(optimizer) in _SLOTS:
+        return set().union(*_SLOTS[type(optimizer)])
+    each = (rehearse(optimizer, g, p) for g in optimizer.param_groups for p in g["params"][:1])
+    return {k for kept in each for k, v in kept.state.items() if isinstance(v, Tensor)}
+
+
+def check_slots(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """``[slot, name]`` of each optimiser tensor of a checkpoint. `shapes` are the model's parameters.
+
+    Raises Incompatible where one is of a parameter that the model lacks, or of another shape than it must
+    have; what is not known here may have any.
+    """
     slots = [k.split("/", 2)[1:] for k in tensors if k.startswith("optim/")]
-    unknown = sorted({name for _, name in slots} - set(parameters))
+    unknown = sorted({name for _, name in slots} - shapes.keys())
     if unknown:
         raise Incompatible(
             f"the checkpoint has optimiser state for parameters the model lacks: {unknown[:8]}"
         )
-    shapes = [
-        f"{slot} of {name}: {tuple(tensors[f'optim/{slot}/{name}'].shape)} for a parameter of "
-        f"{tuple(parameters[name].shape)}"
+    differing = [
+        f"{slot} of {name}: {tuple(tensors[f'optim/{slot}/{name}'].shape)} for a parameter of {shapes[name]}"
         for slot, name in slots
-        if slot != "step" and tensors[f"optim/{slot}/{name}"].shape != parameters[name].shape
+        if not _fits(slot, tuple(tensors[f"optim/{slot}/{name}"].shape), shapes[name])
     ]
-    if shapes:
-        raise Incompatible(f"the checkpoint's optimiser state has other shapes: {'; '.join(shapes[:8])}")
-    load_model(model, tensors)
-    optimizer.state.clear()
-    for slot, name in slots:
-        if slot not in _SLOTS[type(optimizer)]:
-            continue
-        value, parameter = tensors[f"optim/{slot}/{name}"], parameters[name]
-        if slot == "step":
-            optimizer.state[parameter][slot] = value.clone()  # step counters stay on the CPU
-        else:
-            optimizer.state[parameter][slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    if differing:
+        raise Incompatible(f"the checkpoint's optimiser state has other shapes: {'; '.join(differing[:8])}")
+    return slots
+
+
+def _fits(slot: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
+    if slot in _FLAT:
+        wanted = list(parameter)
+        if len(wanted) > 1:
+            wanted[_FLAT[slot]] = 1
+        return len(wanted) > 1 and shape == tuple(wanted)
+    return slot not in _WHOLE or shape == parameter
 
 
 def check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise Incompatible unless the checkpoint's model tensors are exactly those of `model`."""
+    check_shapes({k: tuple(t.shape) for k, t in model.state_dict().items()}, tensors)
+
+
+def check_shapes(want: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """`check_model` for a model whose state has the shapes `want`, by name."""
     have = {k.removeprefix("model/"): tuple(t.shape) for k, t in tensors.items() if k.startswith("model/")}
-    want = {k: tuple(t.shape) for k, t in model.state_dict().items()}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     shapes = [f"{k}: {have[k]} in the checkpoint, {want[k]} in the model" for k in want.keys() & have.keys()
               if have[k] != want[k]]  # fmt: skip

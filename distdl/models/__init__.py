@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -11,26 +12,41 @@ from torch import nn
 from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
 from distdl.models.cnn5 import Cnn5
+from distdl.models.lstm import Recurrent
 
 ModelFactory = Callable[..., nn.Module]
-"""Called by a task as ``factory(in_channels=..., num_outputs=..., input_shape=...)``."""
+"""Called by a task: of images ``factory(in_channels=..., num_outputs=..., input_shape=...)``, of tokens
+``factory(vocabulary=..., num_outputs=...)``."""
 
 
 def _cnn5(in_channels: int, num_outputs: int, input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
     return Cnn5(in_channels, num_outputs, **keys)
 
 
-BUILT_IN: dict[str, ModelFactory] = {"cnn5": _cnn5}
+def _recurrent(cell: str) -> ModelFactory:
+    def build(vocabulary: int, num_outputs: int, **keys: Any) -> nn.Module:
+        return Recurrent(vocabulary, num_outputs, cell, **keys)
+
+    return build
+
+
+BUILT_IN: dict[str, ModelFactory] = {
+    "cnn5": _cnn5,
+    "lstm": _recurrent("lstm"),
+    "gru": _recurrent("gru"),
+    "rnn": _recurrent("rnn"),
+}
 
 
 def model_factory(name: str, keys: dict[str, Any]) -> ModelFactory:
     """The factory that recipe section `model` names, with its keys bound.
 
-    A user's factory ("package.module:attribute") is given those of `in_channels`, `num_outputs` and
-    `input_shape` that it has parameters for. Raises RecipeError when it cannot be imported or called.
+    A user's factory ("package.module:attribute") is given those of the task's arguments that it has
+    parameters for. Raises RecipeError when it cannot be imported or called, and, when it is called, for a
+    built-in model that the task does not give what it reads.
     """
     if name in BUILT_IN:
-        return partial(BUILT_IN[name], **keys)
+        return partial(_built_in, name, keys)
     factory = import_attribute(name, "model.name")
 
     def build(**offered: Any) -> nn.Module:
@@ -39,8 +55,7 @@ def model_factory(name: str, keys: dict[str, Any]) -> ModelFactory:
         except TypeError as error:
             raise RecipeError(
                 f"model.name = {name!r}: calling it with {sorted(keys)} of the recipe failed: {error}. "
-                "Its parameters are the keys of section `model`, plus any of in_channels, num_outputs, "
-                "input_shape"
+                f"Its parameters are the keys of section `model`, plus any of {', '.join(offered)}"
             ) from error
         if not isinstance(model, nn.Module):
             raise RecipeError(
@@ -49,3 +64,20 @@ def model_factory(name: str, keys: dict[str, Any]) -> ModelFactory:
         return model
 
     return build
+
+
+def _built_in(name: str, keys: dict[str, Any], **offered: Any) -> nn.Module:
+    try:
+        signature(BUILT_IN[name]).bind(**offered, **keys)
+    except TypeError as error:
+        able = [other for other, factory in BUILT_IN.items() if _takes(factory, offered)]
+        raise RecipeError(
+            f"model.name = {name!r} does not read what the task has: {error}; the task says "
+            f"{', '.join(offered)}. Models that do: {', '.join(able)}"
+        ) from error
+    return BUILT_IN[name](**offered, **keys)
+
+
+def _takes(factory: ModelFactory, offered: dict[str, Any]) -> bool:
+    needed = {p.name for p in signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return needed <= set(offered)

@@ -15,6 +15,7 @@ def plan_rows(p: Plan) -> dict[str, str]:
         "device": f"{p.device}, {p.precision}, {p.threads} CPU thread(s) a process",
         "step": f"{p.global_batch} samples = {p.microbatches} microbatches of {p.micro_batch}",
         "each process": f"{each} microbatches a step{balance}",
+        "a pass": _pass(p),
         "epoch": f"{p.train_rows:,} rows = {p.steps_per_epoch} steps",
         "order": p.order + (f" by {p.sequence}" if p.order in ("length_bucketed", "packed") else ""),
         "last step of an epoch": f"{p.last_batch} samples",
@@ -25,6 +26,13 @@ def plan_rows(p: Plan) -> dict[str, str]:
     if p.dropped_rows:
         rows["dropped"] = f"{p.dropped_rows} rows an epoch (data.drop_last)"
     return rows
+
+
+def _pass(p: Plan) -> str:
+    """What one forward and backward holds."""
+    if p.fuse > 1:
+        return f"up to {p.fuse} microbatches as one forward and backward"
+    return "1 microbatch" + (f" ({p.separate})" if p.separate else "")
 
 
 def _every(steps: int | None) -> str:

@@ -41,6 +41,14 @@ class ImageClassification(NamedSection):
     label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
 
 
+class TextClassification(NamedSection):
+    """Tokens of varying length to one of N classes, by cross-entropy; the metric is accuracy."""
+
+    name: Literal["text_classification"] = Field(description="The task.")
+    label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
+    vocabulary: Count | None = Field(None, description="Different token ids. Null: as the dataset says.")
+
+
 class ImportedTask(NamedSection):
     """A task of your own. Keys beside `name` are passed to it."""
 
@@ -57,6 +65,22 @@ class Cnn5(NamedSection):
     norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
     dropout: Fraction = Field(0.0, description="Probability of dropping an activation before the last layer.")
     hidden: Count = Field(128, description="Units of the hidden fully connected layer.")
+
+
+class Recurrent(NamedSection):
+    """Token embedding, recurrent layers, pooling over time, and a linear head."""
+
+    name: Literal["lstm", "gru", "rnn"] = Field(description="The model: its cell.")
+    embedding: Count = Field(128, description="Size of the vector that stands for a token.")
+    hidden: Count = Field(128, description="Units of one direction of one layer.")
+    layers: Count = Field(1, description="Recurrent layers.")
+    bidirectional: bool = Field(False, description="Also read from the end to the beginning.")
+    dropout: Fraction = Field(
+        0.0, description="Probability of dropping an activation between embedding, layers and head."
+    )
+    pooling: Literal["last", "mean", "max"] = Field(
+        "last", description="What the head sees of a sequence: its last state, or all states pooled."
+    )
 
 
 class ImportedModel(NamedSection):
@@ -96,6 +120,55 @@ class AdamW(_Optimiser):
     )
     eps: Positive = Field(1e-8, description="Added to the denominator.")
     weight_decay: NotNegative = Field(0.01, description="Share of the weights, times lr, lost in a step.")
+
+
+class Lion(_Optimiser):
+    """The sign of a blend of momentum and gradient (Chen et al., 2023); wants a smaller lr than AdamW."""
+
+    name: Literal["lion"] = Field(description="The optimiser.")
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
+        (0.9, 0.99), description="Share of the momentum in an update, and of it that is kept."
+    )
+    weight_decay: NotNegative = Field(0.0, description="Share of the weights, times lr, lost in a step.")
+
+
+class Lamb(_Optimiser):
+    """AdamW scaled to each parameter's norm, for large batches (You et al., 2020)."""
+
+    name: Literal["lamb"] = Field(description="The optimiser.")
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
+        (0.9, 0.999), description="Decay of the running mean and of the running mean square."
+    )
+    eps: Positive = Field(1e-6, description="Added to the denominator.")
+    weight_decay: NotNegative = Field(0.01, description="Share of the weights in an update's direction.")
+
+
+class Adafactor(_Optimiser):
+    """Running mean squares of rows and columns alone, to save memory (Shazeer and Stern, 2018)."""
+
+    name: Literal["adafactor"] = Field(description="The optimiser.")
+    beta2_decay: Annotated[float, Field(le=0)] = Field(
+        -0.8, description="Exponent of the step: how soon the mean squares become long-lived."
+    )
+    d: Annotated[float, Field(ge=1)] = Field(1.0, description="Largest root mean square of an update.")
+    weight_decay: NotNegative = Field(0.0, description="Share of the weights, times lr, lost in a step.")
+
+
+class ImportedOptimiser(_Optimiser):
+    """A torch.optim.Optimizer of your own. Keys that are not listed here are passed to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=IMPORT_PATTERN, description="Import path of its class, package.module:Class.")
+    weight_decay: NotNegative | None = Field(None, description="Its weight_decay. Null: it takes none.")
+    elementwise: bool = Field(
+        False,
+        description="Each weight is updated by its own gradient and state alone, so that engines may hand it "
+        "slices of parameters.",
+    )
+
+
+AnyOptimiser = Sgd | AdamW | Lion | Lamb | Adafactor | ImportedOptimiser
 
 
 class _Warmup(NamedSection):
@@ -141,9 +214,26 @@ class OneCycle(NamedSection):
 
 
 NAMED: dict[str, dict[str, type[NamedSection]]] = {
-    "task": {"image_classification": ImageClassification, IMPORT_PATH: ImportedTask},
-    "model": {"cnn5": Cnn5, IMPORT_PATH: ImportedModel},
-    "optim": {"sgd": Sgd, "adamw": AdamW},
+    "task": {
+        "image_classification": ImageClassification,
+        "text_classification": TextClassification,
+        IMPORT_PATH: ImportedTask,
+    },
+    "model": {
+        "cnn5": Cnn5,
+        "lstm": Recurrent,
+        "gru": Recurrent,
+        "rnn": Recurrent,
+        IMPORT_PATH: ImportedModel,
+    },
+    "optim": {
+        "sgd": Sgd,
+        "adamw": AdamW,
+        "lion": Lion,
+        "lamb": Lamb,
+        "adafactor": Adafactor,
+        IMPORT_PATH: ImportedOptimiser,
+    },
     "schedule": {"constant": Constant, "cosine": Cosine, "step": Step, "one_cycle": OneCycle},
 }
 """Section -> tag -> class, for the sections that choose by `name`."""
@@ -161,15 +251,26 @@ def _by_name(section: str) -> Callable[[Any], str | None]:
 
 
 Task = Annotated[
-    Annotated[ImageClassification, Tag("image_classification")] | Annotated[ImportedTask, Tag(IMPORT_PATH)],
+    Annotated[ImageClassification, Tag("image_classification")]
+    | Annotated[TextClassification, Tag("text_classification")]
+    | Annotated[ImportedTask, Tag(IMPORT_PATH)],
     Discriminator(_by_name("task")),
 ]
 Model = Annotated[
-    Annotated[Cnn5, Tag("cnn5")] | Annotated[ImportedModel, Tag(IMPORT_PATH)],
+    Annotated[Cnn5, Tag("cnn5")]
+    | Annotated[Recurrent, Tag("lstm")]
+    | Annotated[Recurrent, Tag("gru")]
+    | Annotated[Recurrent, Tag("rnn")]
+    | Annotated[ImportedModel, Tag(IMPORT_PATH)],
     Discriminator(_by_name("model")),
 ]
 Optim = Annotated[
-    Annotated[Sgd, Tag("sgd")] | Annotated[AdamW, Tag("adamw")],
+    Annotated[Sgd, Tag("sgd")]
+    | Annotated[AdamW, Tag("adamw")]
+    | Annotated[Lion, Tag("lion")]
+    | Annotated[Lamb, Tag("lamb")]
+    | Annotated[Adafactor, Tag("adafactor")]
+    | Annotated[ImportedOptimiser, Tag(IMPORT_PATH)],
     Discriminator(_by_name("optim")),
 ]
 Schedule = Annotated[

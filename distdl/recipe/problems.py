@@ -94,7 +94,8 @@ def _unnamed(section: str, value: Any) -> str:
     names = [name for name in NAMED[section] if name != IMPORT_PATH]
     known = f"known: {_listed(names)}"
     if IMPORT_PATH in NAMED[section]:
-        known += f"; for a {section} of your own give its import path, package.module:attribute"
+        article = "an" if section[0] in "aeiou" else "a"
+        known += f"; for {article} {section} of your own give its import path, package.module:attribute"
     if "name" not in value:
         return f"{section}: missing required key 'name'; {known}"
     name = value["name"]
@@ -131,6 +132,8 @@ def describe(schema: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(map(repr, schema["enum"]))
     kind = schema.get("type")
     if kind == "object":
+        if schema.get("additionalProperties") is True:
+            return "a mapping"
         return f"a mapping of names, each to {describe(schema['additionalProperties'])}"
     if kind == "array" and "items" in schema:
         return f"a list, each {describe(schema['items'])}"

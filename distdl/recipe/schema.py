@@ -177,7 +177,7 @@ class Hardware(Section):
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict,
+        {},
         description="Further keys of DeepSpeed's configuration (engines zero0 to zero3).",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")

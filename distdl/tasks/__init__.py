@@ -13,10 +13,14 @@ from distdl.imports import call_with_known, import_attribute
 from distdl.plan import DataInfo
 from distdl.tasks.base import Batch, Columns, Rows, Task
 from distdl.tasks.image_classification import ImageClassification
+from distdl.tasks.text_classification import TextClassification
 
 __all__ = ["BUILT_IN", "Batch", "Columns", "Rows", "Task", "build_task"]
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"image_classification": ImageClassification}
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    "image_classification": ImageClassification,
+    "text_classification": TextClassification,
+}
 
 _PARTS = ("build_model", "collate", "count", "loss_sum", "metric_sums")
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from distdl import errors
 from distdl.checkpoint.write import save
-from distdl.engines import Applied, Group, Pass
-from distdl.keys import key, seed_everything
+from distdl.engines import Applied
+from distdl.keys import seed_everything
 from distdl.record import append_line, put_row
 from distdl.tasks import Batch, Task
 from distdl.testing.faults import point
-from distdl.train.batches import Micro
 from distdl.train.evaluate import evaluate, exact_sum
+from distdl.train.fusing import joined, passes_of
 from distdl.train.schedule import learning_rate
 from distdl.train.session import Session, StepBatch
 
@@ -59,12 +59,16 @@ def train_step(s: Session, batch: StepBatch) -> None:
     step, lr = s.state.step, learning_rate(s.recipe, s.plan, s.state.updates)
     s.beat("step")
     point("train.step", step)
-    losses = []
+    losses: list[tuple[Tensor, int]] = []
     if batch.total:
-        for i, micro in enumerate(batch.micros):
-            this = pass_of(s, micro, last=i == len(batch.micros) - 1)
+        passes = passes_of(s, batch.micros, apart=batch.apart)
+        for i, micros in enumerate(passes):
+            tensors, this = joined(s, micros, last=i == len(passes) - 1)
             seed_everything(this.groups[0].key)
-            losses.append(s.engine.microstep(loss_of(s.task, s.engine.place(micro.batch)), this, batch.total))
+            loss = s.engine.microstep(loss_of(s.task, tensors), this, batch.total)
+            if this.weight:
+                losses.append((loss, len(micros)))
+        s.fusing.passes_done()
         applied = s.engine.apply(lr, s.plan.counts(step))
     else:
         applied = Applied(False, 0.0)  # nothing counted in this step: no gradient, no update
@@ -85,15 +89,6 @@ def train_step(s: Session, batch: StepBatch) -> None:
         note_nonfinite(s, norm)
 
 
-def pass_of(s: Session, micro: Micro, *, last: bool) -> Pass:
-    """What the engine needs to know of a microbatch beside its tensors."""
-    rows = next(iter(micro.batch.values())).shape[0]
-    group = Group(
-        micro.number, micro.count, rows, key(s.recipe.train.seed, "model", s.state.step, micro.number)
-    )
-    return Pass((group,), micro.weight, last)
-
-
 def loss_of(task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
     """The loss of one microbatch as a function of the model. An error in it is this rank's alone, so it must
     not look like one that all ranks raised together.
@@ -108,13 +103,17 @@ def loss_of(task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
     return loss_sum
 
 
-def log(s: Session, batch: StepBatch, losses: list[torch.Tensor], lr: float, norm: float) -> None:
-    """Collective on logging steps, which are the same on all ranks; nothing on the others."""
+def log(s: Session, batch: StepBatch, losses: list[tuple[Tensor, int]], lr: float, norm: float) -> None:
+    """Collective on logging steps, which are the same on all ranks; nothing on the others.
+
+    `losses`: of each pass of this rank the loss sum and how many microbatches it held.
+    """
     step, every = s.state.step, s.recipe.track.every_steps
     if step % every and step not in (1, s.plan.total_steps):
         s.console.step(step, None)
         return
-    mine = [float(x) for x, m in zip(losses, batch.micros, strict=False) if m.weight]
+    # One row a microbatch, as all ranks expect: the sum of a pass stands in its first.
+    mine = [x for loss, n in losses for x in (float(loss), *[0.0] * (n - 1))]
     rows = torch.tensor(mine, dtype=torch.float64).reshape(-1, 1)
     # A step that counts nothing has run no microbatch on any rank.
     parts = s.world.gather_rows(rows, s.plan.counts(step - 1)).flatten().tolist() if batch.total else []

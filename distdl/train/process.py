@@ -121,6 +121,12 @@ def _run(s: Session, resumed: Resumed) -> int:
             f"{s.plan.epoch_of(s.state.step)} now: {'; '.join(resumed.changed)}"
         )
         s.event("recipe_changed", changes=list(resumed.changed))
+    if resumed.arithmetic and s.recipe.train.reduction == "exact":
+        s.console.say(
+            "train.reduction is exact, but from here on bits may differ from those of an undisturbed run: "
+            f"{'; '.join(resumed.arithmetic)} (checkpoint -> now)"
+        )
+        s.event("arithmetic_changed", changes=list(resumed.arithmetic))
     try:
         code = fit(s)
         if code == errors.DONE and not already:

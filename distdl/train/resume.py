@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from distdl.comm import World, together
 from distdl.engines import Engine
 from distdl.errors import Incompatible
 from distdl.recipe import differences
+from distdl.train.arithmetic import what_differs
 from distdl.train.state import TrainState
 
 
@@ -22,6 +24,8 @@ class Identity:
     recipe_hash: str
     mathematics: dict[str, Any]
     data_fingerprint: str
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+    """Not refused where it differs: `distdl.train.arithmetic`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Resumed:
     path: Path | None
     damaged: list[tuple[str, str]]
     changed: tuple[str, ...] = ()
+    arithmetic: tuple[str, ...] = ()
+    """In what way the processor, its libraries or threads are others than those it was saved with."""
 
 
 def resume(
@@ -50,7 +56,7 @@ def resume(
         return Resumed(TrainState(), None, damaged)
     path = checkpoints / told["name"]
 
-    def load() -> tuple[TrainState, list[str]]:
+    def load() -> tuple[TrainState, list[str], list[str]]:
         manifest = read_manifest(path)
         changed = what_changed(manifest, identity)
         if changed and not allow_changed:
@@ -60,10 +66,14 @@ def resume(
                 "Choose another run.dir, undo the change, or continue with --allow-changed"
             )
         engine.load(load_tensors(path, manifest))
-        return TrainState(**manifest.train_state), changed
+        return (
+            TrainState(**manifest.train_state),
+            changed,
+            what_differs(manifest.versions, identity.arithmetic),
+        )
 
-    state, changed = together(world, load)
-    return Resumed(state, path, damaged, tuple(changed))
+    state, changed, arithmetic = together(world, load)
+    return Resumed(state, path, damaged, tuple(changed), tuple(arithmetic))
 
 
 def what_changed(manifest: Manifest, identity: Identity) -> list[str]:

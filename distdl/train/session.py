@@ -18,6 +18,7 @@ from distdl.recipe import Recipe
 from distdl.record import Heartbeat, RunDirectory
 from distdl.tasks import Task
 from distdl.train.batches import Batches, Micro
+from distdl.train.fusing import Fusing, keeps_apart
 from distdl.train.resume import Identity
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
@@ -25,10 +26,14 @@ from distdl.train.stop import StopFlag
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's microbatches of a step, and the count of the whole step over all ranks."""
+    """This rank's microbatches of a step, and the count of the whole step over all ranks.
+
+    `apart`: on some rank they cannot be joined, and the engine needs equally many passes on all.
+    """
 
     micros: list[Micro]
     total: int
+    apart: bool = False
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Session:
     batches: Batches
     eval_rows: Rows
     identity: Identity
+    fusing: Fusing = field(default_factory=Fusing)
     saved_step: int | None = None
     resumed_step: int | None = None
     row: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +101,7 @@ class Session:
             data_fingerprint=self.identity.data_fingerprint,
             train_state=self.state.as_dict(),
             engine=self.plan.engine,
+            versions=self.identity.arithmetic,
         )
 
     def next_batch(self) -> StepBatch | None:
@@ -112,10 +119,12 @@ class Session:
         except Exception as error:
             problem = error
         mine = sum(m.count for m in micros if m.weight)
-        total, stop, failed = self.world.sum_ints([mine, int(self.stop.requested), int(problem is not None)])
+        apart = problem is None and keeps_apart(self, micros)
+        flags = [self.stop.requested, problem is not None, apart]
+        total, stop, failed, apart_any = self.world.sum_ints([mine, *map(int, flags)])
         if failed:
             share_problem(self.world, problem)
-        return None if stop else StepBatch(micros, total)
+        return None if stop else StepBatch(micros, total, apart_any > 0)
 
     def close(self) -> None:
         """End what runs in the background. May be called again."""

@@ -29,6 +29,7 @@ from distdl.recipe import Recipe, mathematics, recipe_hash, to_yaml
 from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
+from distdl.train.arithmetic import fingerprint, settle
 from distdl.train.batches import Batches
 from distdl.train.evaluate import fetch, measure
 from distdl.train.notices import Notices
@@ -66,7 +67,9 @@ def open_session(
     access = access_of(recipe, o.notices, lambda: o.stop.requested)
     feed = prepare_data(recipe, world, access)
     task, engine = together(world, lambda: build(recipe, plan, world, o.topology, feed.info))
-    identity = Identity(recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint)
+    identity = Identity(
+        recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
+    )
     resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
     begun = together(world, lambda: _begin(o, resumed) if world.is_main else None)
     row, heartbeat = begun if begun else ({}, None)
@@ -110,7 +113,7 @@ def enter_world(
             # Before the group exists: no one waits in a collective, and so up to its time-out, for a large
             # dataset to be prepared. Ranks of a node wait for the one that does it, as long as it takes.
             Feed.open(recipe.data)
-        torch.set_num_threads(plan.threads)
+        settle(plan, recipe.train.reduction)
         if plan.device == "cuda":
             if not torch.cuda.is_available():
                 raise EnvironmentProblem(

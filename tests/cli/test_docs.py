@@ -24,7 +24,7 @@ import yaml
 from distdl import errors
 from distdl.cli import commands
 from distdl.errors import DataError
-from distdl.plan import DataInfo, make_plan
+from distdl.plan import DataInfo, Field, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.recipe.problems import describe
 from distdl.topology import Topology
@@ -335,7 +335,8 @@ def test_every_recipe_loads_and_plans(it: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(it)
     assert re.fullmatch(r"[0-9a-f]{16}", recipe_hash(recipe))
-    rows = DataInfo("any", {recipe.data.train_split: 1000, recipe.data.eval_split: 100}, {}, "0" * 32)
+    fields = {"text": Field("int32", (None,))}  # for the orders that look at lengths
+    rows = DataInfo("any", {recipe.data.train_split: 1000, recipe.data.eval_split: 100}, fields, "0" * 32)
     assert make_plan(recipe, Topology.of(1, 2, cpus=2), rows).world_size == 2
     if recipe.data.path and not Path(recipe.data.path).exists():  # data that a script fetches
         with pytest.raises(DataError, match="does not exist"):
@@ -429,7 +430,8 @@ def render_section(name: str, schema: dict[str, Any], required: bool) -> Iterato
     title = schema.get("description", "")
     for choice in schema.get("oneOf", [schema]):
         section = resolve(choice)
-        what = section["properties"].get("name", {}).get("const", "")
+        named = section["properties"].get("name", {})
+        what = named.get("const", "") or ", ".join(named.get("enum", ()))
         own = " of your own" if "oneOf" in schema and not what else ""
         yield f"### `{name}`" + (f": {what}" if what and "oneOf" in schema else own)
         text = section.get("description") or title

@@ -148,7 +148,8 @@ def recipe_for(case: Case, engine: dict[str, Any], train: dict[str, Any] | None 
 
 def plan_for(recipe: Recipe, size: int) -> Plan:
     info = DataInfo("made", {"train": ROWS, "test": 8}, {}, "f")
-    return make_plan(recipe, Topology.of(1, size), info)
+    gpus = size if recipe.hardware.device == "cuda" else 0
+    return make_plan(recipe, Topology.of(1, size, gpus=gpus), info)
 
 
 def ids_of(plan: Plan, step: int, start: int, stop: int) -> Tensor:
@@ -229,7 +230,7 @@ class Driven:
             scale = factor if self.world.rank == self.world.size - 1 else 1.0
             self.engine.microstep(
                 lambda model, placed=placed, scale=scale: self.case.loss_sum(model, placed) * scale,
-                Pass((group,), m.weight, last=i == len(mine) - 1),
+                Pass((group,), m.weight, i == len(mine) - 1, sum(self.plan.counts(step))),
                 total,
             )
         rate = learning_rate(self.recipe, self.plan, self.updates)
@@ -248,7 +249,8 @@ def drive(world: World, name: str, engine: dict[str, Any], train: dict[str, Any]
     case = CASES[name]
     recipe = recipe_for(case, engine, train)
     plan = plan_for(recipe, world.size)
-    built = build_engine(plan, recipe, world, torch.device("cpu"))
+    device = torch.device("cuda", world.rank) if plan.device == "cuda" else torch.device("cpu")
+    built = build_engine(plan, recipe, world, device)
     built.setup(build(case))
     return Driven(built, plan, case, recipe, world, {})
 

@@ -171,7 +171,8 @@ def test_any_engine_takes_what_ddp_wrote_and_gives_it_back_to_the_bit(name: str)
 
 
 LOW = {"bf16": ("lstm_ragged", 0.01), "fp16": ("cnn_groupnorm", 0.1)}
-"""Precision -> case, and how far its gradient norms may be off. oneDNN has no LSTM in fp16 for most processors; GPUs have."""
+"""Precision -> case, and how far its gradient norms may be off. oneDNN has no LSTM in fp16
+for most processors; GPUs have."""
 
 
 def low_precision(world: World, engine: dict[str, Any], train: dict[str, Any]) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ def recipe_for(folder: Path, **changes: dict[str, Any]) -> Recipe:
         "eval": {"every_epochs": None},
         "checkpoint": {"every_steps": 5, "keep": 9},
         "track": {"every_steps": 1},
-        "hardware": {"threads": 1, "device": "cpu"},
+        # Fused, a rank's microbatches meet in one sum over their rows, in another order (test_fuse.py).
+        "hardware": {"threads": 1, "device": "cpu", "fuse": 1},
         "run": {"dir": str(folder)},
     }
     for name, section in changes.items():

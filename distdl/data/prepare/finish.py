@@ -21,6 +21,7 @@ from distdl.data.index import INDEX_FILE, DataFile, Index, Offsets, Shard, Split
 from distdl.data.prepare.building import Building
 from distdl.data.prepare.draft import TOKENIZER_FILE, Draft
 from distdl.data.prepare.shards import Job, Record, read_lengths
+from distdl.data.prepare.tokenize import vocabulary_size
 from distdl.data.prepare.writer import fsync_path, sequence_columns, write_durable
 from distdl.testing.faults import point
 
@@ -55,11 +56,19 @@ def finish(
         columns=columns_of(draft.schema),
         splits=splits,
         others=tuple(_data_file(made, path) for path in others),
+        vocabulary=_vocabulary(draft),
         prepared=prepared,
     )
     point("prepare.before_index")
     write_durable(made.dataset / INDEX_FILE, index.to_json())
     return index
+
+
+def _vocabulary(draft: Draft) -> dict[str, int]:
+    conversion = draft.conversion
+    if not conversion.tokenizer:
+        return {}
+    return dict.fromkeys(conversion.tokenize, vocabulary_size(conversion.tokenizer))
 
 
 def _shards(made: Building, jobs: list[Job], records: list[Record]) -> tuple[Shard, ...]:

@@ -138,8 +138,8 @@ def decode(tokenizer: str, tokens: Sequence[int]) -> str:
 
 
 def vocabulary_size(tokenizer: str) -> int:
-    """How many tokens there are."""
-    return int(_parsed(tokenizer).get_vocab_size())
+    """The largest token id plus one: a tokenizer from elsewhere may leave ids out."""
+    return 1 + max(_parsed(tokenizer).get_vocab().values(), default=-1)
 
 
 def _library() -> Any:

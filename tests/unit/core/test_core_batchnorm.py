@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distdl.comm import World
+from distdl.engines.base import Group, Pass
 from distdl.engines.batchnorm import RunningStatistics
+from distdl.engines.groups import groups_of
 from distdl.plan import share
 
 COUNTS = (4, 4, 3, 4, 4, 2, 4)
+
+
+def a_pass(count: int, weight: int) -> Pass:
+    return Pass((Group(0, count, count, key=0),), weight, last=False)
 
 
 class Net(nn.Module):
@@ -62,7 +68,7 @@ def run_steps(
         micros = inputs(step)
         for i in range(lo, hi):
             model(micros[i]).sum().backward()
-            statistics.microbatch_done(counted[i], 1)
+            statistics.pass_done(a_pass(counted[i], 1))
         statistics.update(world, counts)
     return buffers(model)
 
@@ -115,7 +121,7 @@ def test_each_microbatch_is_normalised_by_itself() -> None:
     statistics = RunningStatistics(model)
     for count, x in zip(COUNTS, inputs(0), strict=True):
         assert torch.equal(model(x), plain(x))
-        statistics.microbatch_done(count, 1)
+        statistics.pass_done(a_pass(count, 1))
 
 
 def test_a_microbatch_of_weight_zero_touches_nothing() -> None:
@@ -126,10 +132,10 @@ def test_a_microbatch_of_weight_zero_touches_nothing() -> None:
     for i, (count, x) in enumerate(zip(COUNTS, micros, strict=True)):
         before = buffers(model)
         model(micros[i - 1] * 100).sum().backward()
-        statistics.microbatch_done(count, 0)
+        statistics.pass_done(a_pass(count, 0))
         assert equal(buffers(model), before)
         model(x)
-        statistics.microbatch_done(count, 1)
+        statistics.pass_done(a_pass(count, 1))
     statistics.update(World(), [len(COUNTS)])
     assert equal(buffers(model), expected)
 
@@ -143,7 +149,7 @@ def test_a_rank_with_repeats_alone_takes_part() -> None:
         statistics = RunningStatistics(model)
         real = world.rank < 2
         model(micros[world.rank if real else 1])
-        statistics.microbatch_done(4, int(real))
+        statistics.pass_done(a_pass(4, int(real)))
         statistics.update(world, [1, 1, 0])
         return buffers(model)
 
@@ -151,9 +157,107 @@ def test_a_rank_with_repeats_alone_takes_part() -> None:
     statistics = RunningStatistics(one)
     for x in micros:
         one(x)
-        statistics.microbatch_done(4, 1)
+        statistics.pass_done(a_pass(4, 1))
     statistics.update(World(), [2])
     assert all(equal(found, buffers(one)) for found in on_threads(3, run))
+
+
+def joint(model: nn.Module, counts: Sequence[int], parts: Sequence[Tensor], steps: int = 1) -> Tensor:
+    """Each step one pass of all `parts`, each of them a group; the last output."""
+    statistics = RunningStatistics(model)
+    groups = [Group(i, n, len(x), key=i) for i, (n, x) in enumerate(zip(counts, parts, strict=True))]
+    this = Pass(tuple(groups), 1, last=True)
+    for _ in range(steps):
+        with groups_of(model, this):
+            y: Tensor = model(torch.cat(list(parts)))
+            y.square().sum().backward()
+        statistics.pass_done(this)
+        statistics.update(World(), [len(parts)])
+    return y
+
+
+def separate(model: nn.Module, counts: Sequence[int], parts: Sequence[Tensor], steps: int = 1) -> Tensor:
+    statistics = RunningStatistics(model)
+    for _ in range(steps):
+        ys: list[Tensor] = []
+        for n, x in zip(counts, parts, strict=True):
+            ys.append(model(x))
+            ys[-1].square().sum().backward()
+            statistics.pass_done(a_pass(n, 1))
+        statistics.update(World(), [len(parts)])
+    return torch.cat(ys)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "layout"),
+    [
+        (nn.BatchNorm1d, (3,), torch.contiguous_format),
+        (nn.BatchNorm1d, (3, 7), torch.contiguous_format),
+        (nn.BatchNorm2d, (3, 5, 4), torch.contiguous_format),
+        (nn.BatchNorm2d, (3, 5, 4), torch.channels_last),
+        (nn.BatchNorm3d, (3, 2, 3, 4), torch.channels_last_3d),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_a_pass_are_normalised_by_themselves_to_the_bit(
+    norm: type[nn.Module], shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    """Outputs, gradients of input and parameters, and running statistics, of groups that differ in size."""
+    torch.manual_seed(1)
+    counts = (4, 2, 5)
+    inputs = [(torch.randn(n, *shape, dtype=dtype) * n).to(memory_format=layout) for n in counts]
+    found = []
+    for run in (separate, joint):
+        model = norm(3, momentum=None)
+        nn.init.uniform_(model.weight)
+        parts = [x.clone().requires_grad_() for x in inputs]
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([0.5, 1.5, -1.0]))
+        y = run(model, counts, parts, steps=2)
+        found.append((y, [x.grad for x in parts], buffers(model), [p.grad for p in model.parameters()]))
+    (y, dx, state, dp), (y2, dx2, state2, dp2) = found
+    assert torch.equal(y, y2)
+    assert y2.stride() == y.stride()
+    for a, b in zip(dx, dx2, strict=True):
+        assert a is not None
+        assert torch.equal(a, b)
+    assert equal(state, state2)
+    for a, b in zip(dp, dp2, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_without_affine_or_running_statistics_and_frozen() -> None:
+    torch.manual_seed(1)
+    parts = [torch.randn(n, 3, 4) * n for n in (4, 3)]
+    plain = {"affine": False, "track_running_stats": False}
+    models = [
+        nn.Sequential(nn.BatchNorm1d(3, **plain), nn.Conv1d(3, 2, 1), nn.BatchNorm1d(2)) for _ in range(2)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model[2].eval()
+    assert torch.allclose(separate(models[0], (4, 3), parts), joint(models[1], (4, 3), parts), atol=1e-6)
+    assert equal(buffers(models[0]), buffers(models[1]))
+
+
+def test_groups_of_a_recomputed_part_count_once() -> None:
+    def part() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 1, 1))
+
+    plain, again = part(), Recomputing(part(), reentrant=False)
+    micros = inputs(0)
+    expected, found = separate(plain, COUNTS, micros), joint(again, COUNTS, micros)
+    assert torch.allclose(found, expected, atol=1e-6)
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    for (name, a), b in zip(buffers(plain).items(), buffers(again).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_group_of_one_value_is_refused_as_it_would_be_alone() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        joint(nn.BatchNorm1d(3), (4, 1), [torch.randn(4, 3), torch.randn(1, 3)])
 
 
 class Recomputing(nn.Module):
@@ -210,12 +314,12 @@ def test_a_skipped_step_leaves_them() -> None:
     before = buffers(model)
     for count, x in zip(COUNTS, inputs(9), strict=True):
         model(x * float("inf"))
-        statistics.microbatch_done(count, 1)
+        statistics.pass_done(a_pass(count, 1))
     statistics.discard()
     assert equal(buffers(model), before)
     for count, x in zip(COUNTS, inputs(0), strict=True):
         model(x)
-        statistics.microbatch_done(count, 1)
+        statistics.pass_done(a_pass(count, 1))
     statistics.update(World(), [len(COUNTS)])
     assert equal(buffers(model), run_steps(World(), net(), steps=1))
 
@@ -225,7 +329,7 @@ def test_evaluation_leaves_them_and_uses_them() -> None:
     statistics = RunningStatistics(model)
     for count, x in zip(COUNTS, inputs(0), strict=True):
         model(x)
-        statistics.microbatch_done(count, 1)
+        statistics.pass_done(a_pass(count, 1))
     statistics.update(World(), [len(COUNTS)])
     before = buffers(model)
     plain = net().eval()
@@ -250,7 +354,7 @@ def test_modules_without_running_statistics_are_left_alone() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), nn.GroupNorm(1, 2)).train()
     statistics = RunningStatistics(model)
     model(inputs(0)[0])
-    statistics.microbatch_done(4, 1)
+    statistics.pass_done(a_pass(4, 1))
     statistics.update(World(), [1])
     assert buffers(model) == {}
     assert model[0].momentum == 0.1

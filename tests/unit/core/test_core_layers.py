@@ -21,7 +21,9 @@ LAYERS: dict[str, int] = {
     "": 0,  # distdl/__init__.py: the version
     "errors": 0,
     **dict.fromkeys(("recipe", "topology", "keys", "imports", "lifeline"), 1),
-    **dict.fromkeys(("plan", "capabilities", "comm", "record", "testing"), 2),
+    **dict.fromkeys(
+        ("plan", "memory", "zero_config", "capabilities", "comm", "record", "testing", "zero_config"), 2
+    ),
     **dict.fromkeys(("data", "models", "tasks", "engines", "checkpoint"), 3),
     **dict.fromkeys(("observe", "train", "launch"), 4),
     **dict.fromkeys(("cli", "__main__"), 5),

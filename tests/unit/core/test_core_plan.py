@@ -171,3 +171,10 @@ def test_shares_balance_and_the_file(both: tuple[Plan, Plan]) -> None:
     assert told["shares"] == list(plan.shares)
     assert told["microbatches"] == plan.microbatches
     assert told["steps_per_epoch"] == plan.steps_per_epoch
+
+
+def test_threads_of_an_exact_run_do_not_depend_on_the_number_of_processes() -> None:
+    exact = {"epochs": 1, "reduction": "exact"}
+    assert {plan_for(n, train=exact).threads for n in (1, 2, 3)} == {1}
+    assert {plan_for(n).threads for n in (1, 2, 3)} == {4, 2, 1}
+    assert plan_for(2, train=exact, hardware={"device": "cpu", "threads": 3}).threads == 3

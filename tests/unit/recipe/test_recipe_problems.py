@@ -52,18 +52,27 @@ def refusal(text: str = BASE, *overrides: str) -> str:
             "x.yaml:8: optim.momentum = 1: out of range; expected a number of at least 0 and less than 1",
         ),
         ("  lr: 0.1\n", "", "x.yaml:5: optim: missing required key 'lr': a number greater than 0"),
-        ("  name: sgd\n", "", "x.yaml:5: optim: missing required key 'name'; known: sgd, adamw"),
+        (
+            "  name: sgd\n",
+            "",
+            "x.yaml:5: optim: missing required key 'name'; known: sgd, adamw, lion, lamb, adafactor; "
+            "for an optim of your own give its import path, package.module:attribute",
+        ),
         (
             "name: sgd",
             "name: adam",
             "x.yaml:6: optim.name = \"adam\": unknown optim; did you mean 'adamw'? known: sgd, adamw",
         ),
-        ("name: sgd", "name: 'a:b'", 'x.yaml:6: optim.name = "a:b": unknown optim; known: sgd, adamw'),
+        (
+            "train:",
+            "schedule: {name: 'a:b'}\ntrain:",
+            'x.yaml:9: schedule.name = "a:b": unknown schedule; known: constant, cosine, step, one_cycle',
+        ),
         (
             "name: cnn5",
             "name: cnn",
-            "x.yaml:2: model.name = \"cnn\": unknown model; did you mean 'cnn5'? known: cnn5; "
-            "for a model of your own give its import path, package.module:attribute",
+            "x.yaml:2: model.name = \"cnn\": unknown model; did you mean 'cnn5' or 'rnn'? known: "
+            "cnn5, lstm, gru, rnn; for a model of your own give its import path, package.module:attribute",
         ),
         (
             "name: cnn5",
@@ -83,7 +92,7 @@ def refusal(text: str = BASE, *overrides: str) -> str:
             "x.yaml:3: data: give exactly one of name (a catalogue name), path (a folder) and mixture",
         ),
         ("{epochs: 5}", "5", "x.yaml:9: train = 5: expected a mapping (keys: epochs, max_steps"),
-        ("{name: cnn5}", "cnn5", 'x.yaml:2: model = "cnn5": expected a mapping with a name (cnn5, or an'),
+        ("{name: cnn5}", "cnn5", 'x.yaml:2: model = "cnn5": expected a mapping with a name (cnn5, lstm'),
     ],
 )
 def test_file_line_key_value_and_what_is_allowed(old: str, new: str, message: str) -> None:

@@ -1,0 +1,114 @@
+"""`lstm`, and its kin `gru` and `rnn`: token ids of varying length to one vector, and a linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Pooling = Literal["last", "mean", "max"]
+
+CELLS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class RecurrentLayer(nn.Module):
+    """One layer of a stack: one direction, or two side by side. [N, T, inputs] -> [N, T, size].
+
+    Each direction is an `nn.LSTM` (GRU, RNN) of a single layer, which an engine can shard and overlap by
+    itself, and whose weights cuDNN keeps in one piece.
+    """
+
+    def __init__(self, cell: str, inputs: int, hidden: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.onward = CELLS[cell](inputs, hidden, batch_first=True)
+        self.reverse = CELLS[cell](inputs, hidden, batch_first=True) if bidirectional else None
+        self.size = hidden * (2 if bidirectional else 1)
+
+    def forward(self, x: Tensor, mirror: Tensor | None) -> Tensor:
+        """`mirror` is `mirrored(lengths, T)`; needed for two directions only."""
+        outputs: Tensor = self.onward(x)[0]
+        if self.reverse is None:
+            return outputs
+        assert mirror is not None
+        backwards = _take(self.reverse(_take(x, mirror))[0], mirror)
+        return torch.cat([outputs, backwards], 2)
+
+
+class Recurrent(nn.Module):
+    """Token ids [N, T] (int64, filled up with 0) and lengths [N] (int64) -> logits [N, num_outputs].
+
+    What stands beyond a row's length changes nothing, in any layer, direction or pooling: rows are not
+    packed, which costs more than it saves where lengths are alike; the reverse direction reads each row
+    mirrored within its own length, and the pooling looks at real steps alone. A row of length 0 counts as one
+    of a single filling token.
+
+    `dropout` acts on every connection that is not recurrent: after the embedding, between layers and before
+    the head (Zaremba et al., 2014, arXiv:1409.2329). `pooling` "last" is the state after the last real step;
+    of the reverse direction, after the first.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        num_outputs: int,
+        cell: str = "lstm",
+        embedding: int = 128,
+        hidden: int = 128,
+        layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        pooling: Pooling = "last",
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        # Drawn small: with torch's deviation of 1 what rare words were drawn as is never forgotten.
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.layers = nn.ModuleList()
+        size = embedding
+        for _ in range(layers):
+            layer = RecurrentLayer(cell, size, hidden, bidirectional)
+            self.layers.append(layer)
+            size = layer.size
+        self.dropouts = nn.ModuleList(nn.Dropout(dropout) for _ in range(layers + 1))
+        self.head = nn.Linear(size, num_outputs)
+        self._bidirectional = bidirectional
+        self._pooling = pooling
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        lengths = lengths.clamp(min=1)
+        mirror = mirrored(lengths, tokens.shape[1]) if self._bidirectional else None
+        x = self.embedding(tokens)
+        for dropout, layer in zip(self.dropouts, self.layers, strict=False):
+            x = layer(dropout(x), mirror)
+        logits: Tensor = self.head(self.dropouts[-1](self._pool(x, lengths)))
+        return logits
+
+    def _pool(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """[N, T, C] -> [N, C] over the first `lengths` steps of each row."""
+        if self._pooling == "last":
+            last = _take(x, lengths[:, None] - 1)[:, 0]
+            if not self._bidirectional:
+                return last
+            half = x.shape[2] // 2
+            return torch.cat([last[:, :half], x[:, 0, half:]], 1)
+        real = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
+        if self._pooling == "max":
+            return x.masked_fill(~real, -torch.inf).amax(1)
+        return x.masked_fill(~real, 0.0).sum(1) / lengths[:, None]
+
+
+def mirrored(lengths: Tensor, steps: int) -> Tensor:
+    """For each row the step whose mirror image within the row's length each step is; filling stays in place.
+
+    lengths [N] (int64) -> [N, steps] (int64). It is its own inverse.
+    """
+    at = torch.arange(steps, device=lengths.device)
+    back = lengths[:, None] - 1 - at
+    return torch.where(back >= 0, back, at)
+
+
+def _take(x: Tensor, steps: Tensor) -> Tensor:
+    """[N, T, C], [N, S] -> [N, S, C]: of row n the steps[n]."""
+    return x.gather(1, steps[:, :, None].expand(-1, -1, x.shape[2]))

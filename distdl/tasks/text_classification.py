@@ -1,0 +1,103 @@
+"""Text classification: tokens of varying length to one of N classes; cross-entropy, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distdl.errors import DataError, RecipeError
+from distdl.plan import DataInfo, Field
+from distdl.tasks.base import Batch, Rows
+
+
+class TextClassification:
+    """Rows with one column of token ids (integers, varying length) and one class-label column.
+
+    The model is called with token ids [N, longest] (int64, short rows filled up with 0) and lengths [N]
+    (int64).
+    """
+
+    image_field: str | None = None
+
+    padding: Mapping[str, int] = {"tokens": 0}
+    """Tensor of a batch -> what fills up its dimension 1: how batches of different widths are joined."""
+
+    def __init__(
+        self,
+        make_model: Callable[..., nn.Module],
+        data_info: DataInfo,
+        label_smoothing: float = 0.0,
+        vocabulary: int | None = None,
+    ) -> None:
+        self._make_model = make_model
+        self._smoothing = label_smoothing
+        self._token_field, self._label_field = _columns(data_info)
+        self._num_classes = data_info.fields[self._label_field].num_classes
+        self._vocabulary = _vocabulary(data_info, self._token_field, vocabulary)
+
+    def build_model(self) -> nn.Module:
+        return self._make_model(vocabulary=self._vocabulary, num_outputs=self._num_classes)
+
+    def collate(self, rows: Rows) -> Batch:
+        ragged = rows[self._token_field]
+        longest = max(int(ragged.lengths.max(initial=1)), 1)
+        return {
+            "tokens": torch.from_numpy(ragged.padded(0, longest).astype(np.int64)),
+            "lengths": torch.from_numpy(ragged.lengths.astype(np.int64)),
+            "labels": torch.from_numpy(rows[self._label_field].astype(np.int64)),
+        }
+
+    def count(self, batch: Batch) -> int:
+        return batch["labels"].shape[0]
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch["tokens"], batch["lengths"])
+        return functional.cross_entropy(
+            logits.float(), batch["labels"], reduction="sum", label_smoothing=self._smoothing
+        )
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
+        logits, labels = model(batch["tokens"], batch["lengths"]).float(), batch["labels"]
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(1) == labels).sum()
+        n = labels.shape[0]
+        return {"accuracy": (int(correct), n), "loss": (float(loss), n)}
+
+
+def _columns(data: DataInfo) -> tuple[str, str]:
+    tokens = [n for n, f in data.fields.items() if f.shape == (None,) and "int" in f.dtype]
+    labels = [n for n, f in data.fields.items() if f.num_classes and not f.shape]
+    if len(tokens) == 1 and len(labels) == 1:
+        return tokens[0], labels[0]
+    has = ", ".join(f"{n} ({_words(f)})" for n, f in data.fields.items())
+    raise DataError(
+        "task text_classification needs one column of token ids, lists of integers of varying length, and "
+        f"one ClassLabel column; dataset {data.name!r} has {has}. `distdl data prepare` with --tokenize and "
+        "--classes makes them; data.columns chooses among several"
+    )
+
+
+def _words(field: Field) -> str:
+    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
+    classes = f" of {field.num_classes} classes" if field.num_classes else ""
+    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"
+
+
+def _vocabulary(data: DataInfo, column: str, given: int | None) -> int:
+    said = data.fields[column].vocabulary
+    if given is None and said is None:
+        raise DataError(
+            f"dataset {data.name!r} does not say how many different tokens column {column!r} has: `distdl "
+            "data prepare --tokenize` writes it down; for tokens from elsewhere, give task.vocabulary (the "
+            "largest id plus one)"
+        )
+    if given is not None and said is not None and given < said:
+        raise RecipeError(
+            f"task.vocabulary = {given}: column {column!r} of dataset {data.name!r} has {said} different "
+            f"tokens; give {said} or more, or leave the key out"
+        )
+    return given or said or 0

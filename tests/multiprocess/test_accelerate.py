@@ -1,0 +1,92 @@
+"""Accelerate does what one process does, or says that it will not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from distdl.comm import World
+from distdl.engines import build_engine
+from distdl.engines.accelerate import accelerator, check_accelerator, check_configuration
+from distdl.errors import EngineError
+from distdl.testing import assert_same_bits, run_world, worst
+from tests.multiprocess.test_fsdp import Driver, Small, recipe_of, trained
+
+
+def twice(world: World, changes: dict[str, Any]) -> dict[str, Any]:
+    """Two engines in one process; the environment and Accelerate's state are as they were."""
+    before = dict(os.environ)
+    first = trained(world, "images", "accelerate", changes)
+    second = Driver(world, "images", "accelerate", **changes)
+    second.engine.load(first["state"])
+    assert_same_bits(second.state(), first["state"])
+    from accelerate.state import is_initialized
+
+    assert not is_initialized()
+    assert dict(os.environ) == before
+    return first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_one_process_computes(size: int) -> None:
+    changes = {"train": {"ema_decay": 0.9}}
+    (alone,) = run_world(trained, 1, "images", "ddp", changes)
+    found = run_world(twice, size, changes)
+    name, error = worst(found[0]["state"], alone["state"])
+    assert error < 1e-5, name
+    for rank in found:
+        assert_same_bits(rank["state"], found[0]["state"])
+
+
+def pretended(world: World) -> str:
+    """One process, as `accelerate launch --cpu --num_processes 2` starts it."""
+    with accelerator(world, torch.device("cpu"), 1, False) as found:
+        check_accelerator(found, world, torch.device("cpu"))
+        try:
+            check_accelerator(found, World(0, 2), torch.device("cpu"))
+        except EngineError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.slow
+def test_what_accelerate_has_become_is_held_against_the_plan() -> None:
+    (error,) = run_world(pretended, 1)
+    assert "distributed_type = NO instead of MULTI_CPU, num_processes = 1 instead of 2" in error
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    driver = Driver(World(), "small", "ddp")
+    recipe = recipe_of("accelerate")
+    engine = build_engine(
+        dataclasses.replace(driver.plan, engine="accelerate"), recipe, World(), torch.device("cpu")
+    )
+    with pytest.raises(EngineError, match=r"pip install \"distdl\[accelerate\]\""):
+        engine.setup(Small())
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "hardware.engine=fsdp"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "hardware.engine=zero3"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "train.precision = 'bf16'"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "hardware.compile=true"),
+    ],
+)
+def test_a_configuration_that_would_not_be_followed_is_refused(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        check_configuration(environ, "bf16", compiled=False)
+
+
+def test_a_configuration_that_agrees() -> None:
+    agrees = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}
+    check_configuration(agrees, "bf16", compiled=False)
+    check_configuration({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "fp32", compiled=True)
