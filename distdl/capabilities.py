@@ -36,6 +36,7 @@ class Capabilities:
     shard_optimizer: tuple[bool, ...] = (False,)
     hybrid_shard: tuple[bool, ...] = (False,)
     compiles: tuple[bool, ...] = (False, True)
+    own_optimizers: tuple[bool, ...] = (False, True)
     unused_parameters: tuple[bool, ...] = (False, True)
 
 
@@ -52,7 +53,11 @@ ENGINES: dict[str, Capabilities] = {
     ),
     "zero0": Capabilities(needs_one=True),
     "zero1": Capabilities(
-        needs_one=True, flattens=True, shards=("optimizer",), offloads=("none", "optimizer")
+        needs_one=True,
+        flattens=True,
+        shards=("optimizer",),
+        offloads=("none", "optimizer"),
+        own_optimizers=(False,),
     ),
     "zero2": Capabilities(
         equal_counts=True,
@@ -60,6 +65,7 @@ ENGINES: dict[str, Capabilities] = {
         flattens=True,
         shards=("gradients", "optimizer"),
         offloads=("none", "optimizer"),
+        own_optimizers=(False,),
         # It sends gradients as they come: their order must be the same on all ranks.
         unused_parameters=(False,),
     ),
@@ -70,6 +76,7 @@ ENGINES: dict[str, Capabilities] = {
         flattens=True,
         shards=("parameters", "gradients", "optimizer"),
         offloads=("none", "optimizer", "parameters"),
+        own_optimizers=(False,),
         # Its hooks gather and send in the order of the first step, on all ranks alike.
         compiles=(False,),
         unused_parameters=(False,),
@@ -99,6 +106,12 @@ def check_engine(recipe: Recipe, device: str) -> None:
                 f"engine {hardware.engine!r} cannot do {key} = {_shown(value)} (it does "
                 f"{', '.join(map(_plain, allowed))}); engines that can: {', '.join(able) or 'none'}"
             )
+    if ":" in recipe.optim.name and True not in ENGINES[hardware.engine].own_optimizers:
+        able = [name for name, can in ENGINES.items() if True in can.own_optimizers]
+        raise PlanError(
+            f"engine {hardware.engine!r} cannot save the state of an optimiser of your own (optim.name = "
+            f"{recipe.optim.name!r}); engines that can: {', '.join(able)}"
+        )
     if ENGINES[hardware.engine].flattens and _looks_at_whole_parameters(recipe):
         fitting = ", ".join(name for name, can in ENGINES.items() if not can.flattens)
         own = (

@@ -66,9 +66,10 @@ def predict(recipe: Recipe, plan: Plan, sizes: ModelSizes) -> Memory:
     """The memory of one rank of `plan`, the fullest."""
     can, world = ENGINES[plan.engine], plan.world_size
     shards = can.shards if world > 1 else ()
+    parts = world // plan.nodes if recipe.hardware.hybrid_shard else world  # replicated over nodes
 
     def part(what: str, size: int) -> int:
-        return -(-size // world) if what in shards else size
+        return -(-size // parts) if what in shards else size
 
     weights, trained = FP32 * sizes.parameters, FP32 * sizes.trainable
     state = slots(recipe) * trained

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from distdl import errors
@@ -42,6 +43,19 @@ def together(world: World, action: Callable[[], T]) -> T:
         mine = error
     share_problem(world, mine)
     return value
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Local. Around what may fail on this rank while others wait for it in a collective.
+
+    A DistdlError passes for one that all ranks raise together, which rank 0 reports. Here it becomes a
+    RuntimeError with the same text: a crash, which this rank reports by itself.
+    """
+    try:
+        yield
+    except DistdlError as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def share_problem(world: World, mine: Exception | None) -> None:

@@ -56,6 +56,7 @@ class AccelerateEngine(DdpEngine):
 
 def check_configuration(environ: Mapping[str, str], precision: str, *, compiled: bool) -> None:
     """Hold what `accelerate launch` hands to its processes against the recipe. Raises EngineError."""
+    _refuse_one_of_several(environ)
     for name, (asked, engine) in _INSTEAD.items():
         if _flag(environ, name):
             raise EngineError(
@@ -82,6 +83,20 @@ def check_configuration(environ: Mapping[str, str], precision: str, *, compiled:
         raise EngineError(
             f"Accelerate's configuration asks to compile the model ({dynamo}), the recipe does not: set "
             "hardware.compile=true, or its dynamo_backend to 'no'"
+        )
+
+
+def _refuse_one_of_several(environ: Mapping[str, str]) -> None:
+    # Its launcher for CPUs gives an address to meet at where several processes were asked for, and then
+    # starts one, without a rank (accelerate/utils/launch.py, prepare_simple_launcher_cmd_env).
+    meets = "MASTER_ADDR" in environ and "MASTER_PORT" in environ
+    placed = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    if "ACCELERATE_USE_CPU" in environ and meets and not any(name in environ for name in placed):
+        raise EngineError(
+            "Accelerate was asked for several processes and has started one (MASTER_ADDR and MASTER_PORT are "
+            "set, WORLD_SIZE is not): `accelerate launch` starts several on GPUs or by mpirun. Start with "
+            "`distdl launch --procs N` or torchrun; where one process is meant, unset MASTER_ADDR and "
+            "MASTER_PORT"
         )
 
 

@@ -25,13 +25,14 @@ def compile_forward(modules: Iterable[nn.Module], device: torch.device) -> None:
     Statistics of BatchNorm inside must be taken around the whole: `RunningStatistics(compiled=True)`.
     Raises EngineError where there is nothing to compile with.
     """
-    _check_compiler(device)
+    check_compiler(device)
     for module in modules:
         # On the instance, as recomputation does; `nn.Module.compile` would compile the hooks as well.
         module.forward = torch.compile(module.forward)
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
+    """Local: nodes may differ. Raises EngineError where there is nothing to compile with."""
     if device.type == "cuda" and find_spec("triton") is None:
         raise EngineError(
             "hardware.compile needs Triton on CUDA, and it is not installed: pip install triton (a build of "

@@ -97,7 +97,11 @@ class DdpEngine:
         self._buffers = UnkeyedBuffers(model)
         self._statistics = RunningStatistics(model, compiled=hardware.compile)
         self._shards, self._reducer = self._share_out(model)
-        self._optimizer = build_optimizer(model, self._recipe.optim)
+        # The bits of a fused update depend on what is updated together: not where those are promised.
+        plain = self._shards is None and self._recipe.train.reduction == "fast"
+        self._optimizer = build_optimizer(
+            model, self._recipe.optim, fused=plain and self.device.type == "cuda"
+        )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._average = WeightAverage(self._recipe.train.ema_decay, weights_of(model))
 

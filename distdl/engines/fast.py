@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distdl.comm import World
+from distdl.comm.together import alone
 from distdl.engines.base import Pass
 from distdl.engines.sharded import Shards
 from distdl.engines.slabs import make_buckets
@@ -55,7 +56,8 @@ class FastReducer:
             yield
 
     def reduce(self) -> Tensor:
-        self._refuse_missing_gradients()
+        with alone():  # a rank that has all of its gradients waits for this one's
+            self._refuse_missing_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._shards is not None:
             self._shards.drop_others()

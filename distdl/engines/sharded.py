@@ -77,7 +77,10 @@ class Shards:
                     parameter.copy_(view)
 
     def gather_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Collective; blocks. The state with every rank's ``optim/<slot>/<name>``, the same on all ranks."""
+        """Collective; blocks. The state with every rank's ``optim/<slot>/<name>``, the same on all ranks.
+
+        What others keep comes to the CPU, a tensor at a time: the device may have no room for all of it.
+        """
         held = {k: t for k, t in tensors.items() if k.startswith("optim/")}
         whole = {k: t for k, t in tensors.items() if k not in held}
         told = self._world.gather(
@@ -87,11 +90,13 @@ class Shards:
         for rank, listed in enumerate(told):
             for name, shape, dtype, kind in listed:
                 if rank == self._world.rank:
-                    whole[name] = held[name].contiguous()
+                    whole[name] = held[name]
+                    dist.broadcast(held[name].contiguous(), rank)
                 else:
                     place = torch.device("cpu") if kind == "cpu" else device
-                    whole[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
-                dist.broadcast(whole[name], rank)
+                    received = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
+                    dist.broadcast(received, rank)
+                    whole[name] = received.cpu()
         return whole
 
     def only_mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,9 +36,14 @@ def build_folder() -> Path:
 def own_builds() -> Iterator[None]:
     """While DeepSpeed may compile: into `build_folder`, rid of stale locks, with ninja found.
 
-    Local; waits only while another process is clearing. Every process of the node holds our own lock together
-    while it may build; the kernel drops it with the process. Whoever gets it alone knows that nobody builds.
+    A folder of the user's own is left as it is: other programs may be building there. Local; waits only while
+    another process is clearing. Every process of the node holds our own lock together while it may build; the
+    kernel drops it with the process. Whoever gets it alone knows that nobody builds.
     """
+    if os.environ.get(_VARIABLE):
+        with _set({"PATH": _path_with_ninja()}):
+            yield
+        return
     folder = build_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from distdl import errors
 from distdl.checkpoint.read import find_latest, load_tensors, verify
 from distdl.comm import World, together
@@ -64,8 +66,9 @@ def _evaluate(
     chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
     path = Path(world.from_main(chosen))
     feed = prepare_data(recipe, world, access_of(recipe))
-    task, engine = together(world, lambda: build(recipe, plan, world, topology, feed.info))
-    together(world, lambda: _load(engine, path))
+    task, engine = build(recipe, plan, world, topology, feed.info)
+    # Reading may fail on one rank; what the engine refuses, it refuses on every rank, and it communicates.
+    engine.load_model(together(world, lambda: _read(path)))
     rows = together(world, lambda: feed.rows(recipe.data.eval_split))
     try:
         return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
@@ -83,5 +86,5 @@ def _newest(recipe: Recipe) -> Path:
     return found.path
 
 
-def _load(engine: Engine, path: Path) -> None:
-    engine.load_model(load_tensors(path, verify(path), lambda name: name.startswith(("model/", "ema/"))))
+def _read(path: Path) -> dict[str, Tensor]:
+    return load_tensors(path, verify(path), lambda name: name.startswith(("model/", "ema/")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from distdl.capabilities import ENGINES
 from distdl.comm import World, share_problem
+from distdl.comm.together import alone
 from distdl.errors import Stopped
 from distdl.plan import Plan, share
 from distdl.tasks import Batch, Columns
@@ -72,10 +74,12 @@ def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dic
                 return None
             if batch is not None:
                 try:
-                    sums = measure(s, batch)
+                    # Where it communicates the others are inside this forward: no boundary to tell them at.
+                    with alone() if gathers else nullcontext():
+                        sums = measure(s, batch)
                 except Exception as error:
                     if gathers:
-                        raise  # the others are inside this forward: there is no boundary to tell them at
+                        raise
                     problem = error
                     continue
                 if lo + i < hi:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from distdl.capabilities import ENGINES
+from distdl.comm.together import alone
 from distdl.engines import Group, Pass
 from distdl.engines.groups import Rehearsal, groups_of, has_batchnorm, unfusable
 from distdl.keys import key, seed_everything
@@ -107,9 +109,11 @@ def passes_of(s: Training, micros: list[Micro], *, apart: bool) -> list[list[Mic
     """This rank's microbatches of the step, cut into passes; each by itself where `apart`, which all ranks
     agree on (`keeps_apart`). Collective until `Fusing.most` is settled.
     """
-    f = s.fusing
     separate = [[m] for m in micros]
-    if s.plan.fuse == 1 or f.most == 1 or apart or max(s.plan.counts(s.state.step)) == 1:
+    if s.plan.fuse == 1 or apart or max(s.plan.counts(s.state.step)) == 1:
+        return separate
+    f = s.fusing
+    if f.most == 1:
         return separate
     if f.most is None:
         if s.engine.device.type == "cuda" and s.recipe.hardware.fuse == "auto" and not f.measured:
@@ -149,8 +153,11 @@ def _settle(s: Training, micros: Sequence[Micro]) -> None:
     f.padding = padding_of(s)
     pair = [m for m in micros if m.weight][:2]
     able = len(pair) == 2 and joinable([m.batch for m in pair], f.padding)
-    reason = unfusable(s.engine.module)
-    if reason is None and able:
+    pair = [_widened(s, m, i) for i, m in enumerate(pair)] if able else pair
+    reason = unfusable(s.engine.module) or (_miscounted(s, pair) if able else None)
+    # Before any forward: where one communicates, all ranks enter it or none does.
+    known = any(why is not None for why in s.world.gather(reason))
+    if able and not known:
         reason = _trial(s, pair)
     votes = s.world.gather([reason, able, f.may_hold(s.plan.fuse)])
     reasons = [why for why, _, _ in votes if why is not None]
@@ -172,12 +179,27 @@ def _trial(s: Training, pair: Sequence[Micro]) -> str | None:
     Three forwards in training mode, without gradient or trace, on every rank that has two microbatches; with
     an engine whose forward communicates, every rank has.
     """
+    gathers = ENGINES[s.plan.engine].gathers and s.world.size > 1
     try:
-        return _compare(s, [_widened(s, m, i) for i, m in enumerate(pair)])
+        # Where it communicates the others are inside this forward: no boundary to tell them at.
+        with alone() if gathers else nullcontext():
+            return _compare(s, pair)
     except Exception as error:
-        if ENGINES[s.plan.engine].gathers and s.world.size > 1:
-            raise  # the others are inside this forward: there is no boundary to tell them at
+        if gathers:
+            raise
         return f"a joint forward failed: {type(error).__name__}: {error}"
+
+
+def _miscounted(s: Training, pair: Sequence[Micro]) -> str | None:
+    """Local. Why two microbatches cannot be joined, or do not count as much as each by itself; else None."""
+    try:
+        batch, _ = joined(s, pair, last=False)
+        count = s.task.count(batch)
+    except Exception as error:
+        return f"two cannot be joined and counted: {type(error).__name__}: {error}"
+    if count != sum(m.count for m in pair):
+        return f"task.count of two together is {count}, of each {pair[0].count} and {pair[1].count}"
+    return None
 
 
 def _widened(s: Training, micro: Micro, i: int) -> Micro:
@@ -193,9 +215,6 @@ def _widened(s: Training, micro: Micro, i: int) -> Micro:
 def _compare(s: Training, pair: Sequence[Micro]) -> str | None:
     model, task, precision = s.engine.module, s.task, s.plan.precision
     batch, this = joined(s, pair, last=False)
-    count = task.count(batch)
-    if count != sum(m.count for m in pair):
-        return f"task.count of two together is {count}, of each {pair[0].count} and {pair[1].count}"
     rehearsal = Rehearsal(model, s.engine.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     cast = torch.autocast(s.engine.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

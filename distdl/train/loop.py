@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distdl import errors
 from distdl.checkpoint.write import save
+from distdl.comm.together import alone
 from distdl.engines import Applied
 from distdl.keys import seed_everything
 from distdl.record import append_line, put_row
@@ -65,7 +66,8 @@ def train_step(s: Session, batch: StepBatch) -> None:
         for i, micros in enumerate(passes):
             tensors, this = joined(s, micros, last=i == len(passes) - 1)
             seed_everything(this.groups[0].key)
-            loss = s.engine.microstep(loss_of(s.task, tensors), this, batch.total)
+            with alone():  # its own data, its own streams: no other rank need fail with it
+                loss = s.engine.microstep(loss_of(s.task, tensors), this, batch.total)
             if this.weight:
                 losses.append((loss, len(micros)))
         s.fusing.passes_done()
@@ -90,17 +92,8 @@ def train_step(s: Session, batch: StepBatch) -> None:
 
 
 def loss_of(task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
-    """The loss of one microbatch as a function of the model. An error in it is this rank's alone, so it must
-    not look like one that all ranks raised together.
-    """
-
-    def loss_sum(model: nn.Module) -> Tensor:
-        try:
-            return task.loss_sum(model, batch)
-        except errors.DistdlError as error:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-    return loss_sum
+    """The loss of one pass as a function of the model."""
+    return lambda model: task.loss_sum(model, batch)
 
 
 def log(s: Session, batch: StepBatch, losses: list[tuple[Tensor, int]], lr: float, norm: float) -> None:

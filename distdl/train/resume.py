@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from distdl.checkpoint.manifest import Manifest
 from distdl.checkpoint.read import find_latest, load_tensors, read_manifest
 from distdl.comm import World, together
@@ -56,7 +58,7 @@ def resume(
         return Resumed(TrainState(), None, damaged)
     path = checkpoints / told["name"]
 
-    def load() -> tuple[TrainState, list[str], list[str]]:
+    def read() -> tuple[Manifest, list[str], dict[str, Tensor]]:
         manifest = read_manifest(path)
         changed = what_changed(manifest, identity)
         if changed and not allow_changed:
@@ -65,15 +67,13 @@ def resume(
                 f"{path} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
                 "Choose another run.dir, undo the change, or continue with --allow-changed"
             )
-        engine.load(load_tensors(path, manifest))
-        return (
-            TrainState(**manifest.train_state),
-            changed,
-            what_differs(manifest.versions, identity.arithmetic),
-        )
+        return manifest, changed, load_tensors(path, manifest)
 
-    state, changed, arithmetic = together(world, load)
-    return Resumed(state, path, damaged, tuple(changed), tuple(arithmetic))
+    manifest, changed, tensors = together(world, read)
+    # An engine may communicate here. What it refuses, it refuses on every rank by itself.
+    engine.load(tensors)
+    arithmetic = what_differs(manifest.versions, identity.arithmetic)
+    return Resumed(TrainState(**manifest.train_state), path, damaged, tuple(changed), tuple(arithmetic))
 
 
 def what_changed(manifest: Manifest, identity: Identity) -> list[str]:

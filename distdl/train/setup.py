@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from distdl import __version__
 from distdl.comm import World, share_problem, together
+from distdl.comm.together import alone
 from distdl.comm.world import meet
 from distdl.data import Feed, Rows, describe_data
 from distdl.data.feed import access_of, from_anywhere
 from distdl.engines import Engine, build_engine
+from distdl.engines.compiled import check_compiler
 from distdl.errors import EnvironmentProblem, RecipeError, nearest
 from distdl.keys import key, seed_everything
 from distdl.models import model_factory
@@ -66,7 +69,7 @@ def open_session(
     recipe, plan, world = o.recipe, o.plan, o.world
     access = access_of(recipe, o.notices, lambda: o.stop.requested)
     feed = prepare_data(recipe, world, access)
-    task, engine = together(world, lambda: build(recipe, plan, world, o.topology, feed.info))
+    task, engine = build(recipe, plan, world, o.topology, feed.info)
     identity = Identity(
         recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
     )
@@ -96,7 +99,7 @@ def open_session(
         row=row,
     )
     if resumed.path is None:
-        together(world, lambda: check_metric(session))
+        check_metric(session)
     session.started_samples = session.clock_samples = resumed.state.samples
     return session, resumed
 
@@ -147,18 +150,33 @@ def open_data(o: Opening, feed: Feed, task: Task) -> tuple[Batches, Rows]:
 def build(
     recipe: Recipe, plan: Plan, world: World, topology: Topology, info: DataInfo
 ) -> tuple[Task, Engine]:
-    """The task, and the engine with a model initialised from (seed, "init"): the same on every rank."""
+    """Collective. The task, and the engine with a model initialised from (seed, "init"): the same on every
+    rank.
+
+    What a machine may lack is looked for first, and is raised on all ranks together. `Engine.setup`
+    communicates: what it refuses, it refuses on every rank by itself.
+    """
+    task, engine, model = together(world, lambda: _make(recipe, plan, world, topology, info))
+    engine.setup(model)
+    return task, engine
+
+
+def _make(
+    recipe: Recipe, plan: Plan, world: World, topology: Topology, info: DataInfo
+) -> tuple[Task, Engine, nn.Module]:
+    """Local: the task, the engine, not set up, and its model."""
     make_model = model_factory(recipe.model.name, recipe.model.options())
     task = build_task(recipe.task.name, recipe.task.options(), make_model, info)
     device = torch.device("cuda", topology.local_rank) if plan.device == "cuda" else torch.device("cpu")
+    if recipe.hardware.compile:
+        check_compiler(device)
     engine = build_engine(plan, recipe, world, device)
     seed_everything(key(recipe.train.seed, "init"))
     model = task.build_model()
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise RecipeError(f"the model's parameters {', '.join(lazy[:8])} have no shape yet: give the sizes")
-    engine.setup(model)
-    return task, engine
+    return task, engine, model
 
 
 def take_evaluation(o: Opening, state: TrainState, row: dict[str, Any]) -> None:
@@ -170,9 +188,12 @@ def take_evaluation(o: Opening, state: TrainState, row: dict[str, Any]) -> None:
 
 
 def check_metric(s: Session) -> None:
-    """Measure one row, so that a mistyped `eval.metric` or a broken task is found before the first step."""
-    with s.engine.evaluating():
-        found = measure(s, fetch(s, 0, 1))
+    """Collective. Measure one row, so that a mistyped `eval.metric` or a broken task is found before the
+    first step.
+    """
+    batch = together(s.world, lambda: fetch(s, 0, 1))
+    with s.engine.evaluating(), alone():  # a forward may communicate
+        found = measure(s, batch)
     if s.recipe.eval.metric not in found:
         raise RecipeError(
             f"eval.metric = {s.recipe.eval.metric!r}: this task measures {', '.join(found)}"

@@ -12,21 +12,31 @@ from distdl.capabilities import ENGINES
 from distdl.comm import World
 from distdl.testing import assert_same_bits, run_world
 from distdl.testing.parity import relative_error
-from tests.multiprocess.contract import CASES, by_hand, drive
+from distdl.train.arithmetic import settle
+from tests.multiprocess.contract import CASES, by_hand, drive, plan_for, recipe_for
 
 GPUS = torch.cuda.device_count()
 one = pytest.mark.skipif(GPUS < 1, reason=f"needs a GPU that torch can use; there are {GPUS}")
 two = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs that torch can use; there are {GPUS}")
 STEPS = 6
+FUSABLE = next(name for name, case in CASES.items() if case.optim["name"] in ("sgd", "adamw"))
 
 
 def on_gpu(world: World, name: str, hardware: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    hardware = {**hardware, "device": "cuda"}
+    recipe = recipe_for(CASES[name], hardware, train)
+    settle(plan_for(recipe, world.size), recipe.train.reduction)
     torch.cuda.set_device(world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    run = drive(world, name, {**hardware, "device": "cuda"}, train)
+    run = drive(world, name, hardware, train)
     for step in range(STEPS):
         assert run.step(step).updated
-    facts = {"workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "device": run.engine.device.type}
+    optimizer: torch.optim.Optimizer = vars(run.engine)["_optimizer"]
+    facts = {
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "device": run.engine.device.type,
+        "fused": bool(optimizer.param_groups[0].get("fused")),
+    }
     return {n: t.cpu() for n, t in (run.state() | run.facts).items()} | {"facts": facts}
 
 
@@ -50,6 +60,13 @@ def test_exact_repeats_to_the_bit(name: str) -> None:
     assert first.pop("facts")["workspace"] in (":4096:8", ":16:8")
     second.pop("facts")
     assert_same_bits(first, second)
+
+
+@one
+@pytest.mark.parametrize(("reduction", "fused"), [("fast", True), ("exact", False)])
+def test_optimisers_are_fused_but_in_exact_mode(reduction: str, fused: bool) -> None:
+    found = run_world(on_gpu, 1, FUSABLE, {"engine": "ddp"}, {"reduction": reduction})[0]
+    assert found["facts"]["fused"] is fused
 
 
 @two

@@ -14,6 +14,10 @@ from distdl.tasks import Batch
 from distdl.tasks.image_classification import ImageClassification
 
 
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 class Linear(nn.Module):
     """Pixels to logits."""
 
@@ -32,6 +36,14 @@ class Unused(Linear):
     def __init__(self, num_outputs: int) -> None:
         super().__init__(num_outputs)
         self.spare = nn.Linear(4, 4)
+
+
+class UnusedByOne(Unused):
+    """Rank 1 leaves out the layer that the others use."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits if _rank() == 1 else logits + self.spare(images.flatten(1)[:, :4]).sum()
 
 
 class MovingAverage(Linear):
@@ -69,9 +81,26 @@ class Raising(ImageClassification):
     """Raises a distdl error on one rank alone, in the loss."""
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+        if _rank() == 1:
             raise DataError("a label that cannot be")
         return super().loss_sum(model, batch)
+
+
+class RaisingMetric(ImageClassification):
+    """Raises a distdl error on one rank alone, in the evaluation after training has begun."""
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
+        if _rank() == 1 and len(batch["labels"]) > 1:
+            raise DataError("a label that cannot be")
+        return super().metric_sums(model, batch)
+
+
+class Miscounting(ImageClassification):
+    """On one rank alone, two microbatches together count more than each by itself."""
+
+    def count(self, batch: Batch) -> int:
+        count = int(super().count(batch))
+        return count + (_rank() == 1 and count > 8)
 
 
 class Fractional(ImageClassification):

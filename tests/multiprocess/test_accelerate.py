@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from distdl.engines.accelerate import accelerator, check_accelerator, check_conf
 from distdl.errors import EngineError
 from distdl.testing import assert_same_bits, run_world, worst
 from tests.multiprocess.test_fsdp import Driver, Small, recipe_of, trained
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def twice(world: World, changes: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +83,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "hardware.engine=zero3"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "train.precision = 'bf16'"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "hardware.compile=true"),
+        ({"ACCELERATE_USE_CPU": "True", **ADDRESS}, "distdl launch --procs N"),
     ],
 )
 def test_a_configuration_that_would_not_be_followed_is_refused(environ: dict[str, str], says: str) -> None:
@@ -90,3 +95,40 @@ def test_a_configuration_that_agrees() -> None:
     agrees = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}
     check_configuration(agrees, "bf16", compiled=False)
     check_configuration({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "fp32", compiled=True)
+    check_configuration({"ACCELERATE_USE_CPU": "True"}, "fp32", compiled=False)
+    check_configuration({"ACCELERATE_USE_CPU": "True", "WORLD_SIZE": "2", **ADDRESS}, "fp32", compiled=False)
+
+
+CHECK = """
+import os
+from distdl.engines.accelerate import check_configuration
+from distdl.errors import EngineError
+
+try:
+    check_configuration(os.environ, "fp32", compiled=False)
+    print("accepted")
+except EngineError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "says"), [("2", "refused: Accelerate was asked"), ("1", "accepted")])
+def test_one_process_where_several_were_asked_for(tmp_path: Path, processes: str, says: str) -> None:
+    """Accelerate's own launcher: with `--cpu` it starts one process and says nothing."""
+    script = tmp_path / "check.py"
+    script.write_text(CHECK)
+    places = ("RANK", "WORLD_SIZE", *ADDRESS)
+    environ = {k: v for k, v in os.environ.items() if k not in places and not k.startswith("ACCELERATE_")}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*launch, *options, str(script)],
+        env=environ | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(says)

@@ -48,7 +48,7 @@ def plain() -> dict[str, dict[str, Tensor]]:
         torch.set_num_threads(threads)
 
 
-def train_all(world: World, engine: dict[str, Any], train: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+def train_all(world: World, engine: dict[str, Any], train: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The end of every case; half way, the state goes through a fresh engine of the same kind."""
     ends = {}
     for name in CASES:
@@ -58,17 +58,18 @@ def train_all(world: World, engine: dict[str, Any], train: dict[str, Any]) -> di
         kept = run.state()
         again = drive(world, name, engine, train)
         again.engine.load(kept)
-        again.updates, again.facts = run.updates, run.facts
+        again.updates, again.facts, again.ids = run.updates, run.facts, run.ids
         for step in range(STEPS // 2, STEPS):
             assert again.step(step).updated
-        ends[name] = again.state() | again.facts
+        ends[name] = again.state() | again.facts | again.ids
     return ends
 
 
 @pytest.mark.parametrize(("name", "size"), WORLDS)
 def test_parity_with_a_plain_loop(name: str, size: int, plain: Any) -> None:
     """20 steps of 8 microbatches, a short last batch, clipping, dropout, ragged rows, tied, frozen weights,
-    through a state loaded half way: the parameters, averages, norms and learning rates of a plain loop.
+    through a state loaded half way: the parameters, averages, norms, learning rates and sample ids of a
+    plain loop.
     """
     every_rank = run_world(train_all, size, *ENGINES[name], deadline_s=200)
     for case, wanted in plain.items():
@@ -76,12 +77,18 @@ def test_parity_with_a_plain_loop(name: str, size: int, plain: Any) -> None:
             found = ends[case]
             missing = wanted.keys() - found.keys()
             assert not missing, f"{name}, {case}: {sorted(missing)}"
-            errors = {n: relative_error(found[n], t) for n, t in wanted.items() if n in found}
+            errors = {n: relative_error(found[n], t) for n, t in wanted.items() if not n.startswith("ids/")}
             worst = max(errors, key=lambda n: errors[n])
             assert errors[worst] < 1e-5, f"{name} at {size}, {case}, rank {rank}: {worst} {errors[worst]:.1e}"
             if rank == 0:
                 print(f"\n{name:18} world {size} {case:14} worst {errors[worst]:.1e} ({worst})", end="")
         assert all(torch.equal(ends[case][n], wanted[n]) for ends in every_rank for n in wanted if "lr/" in n)
+        for step in range(STEPS):
+            held = [ends[case][f"ids/{step}"] for ends in every_rank]
+            together = {number: ids for rank in held for number, ids in rank.items()}
+            assert len(together) == sum(map(len, held)), "two ranks ran the same microbatch"
+            ids = torch.cat([together[number] for number in sorted(together)])
+            assert torch.equal(ids, wanted[f"ids/{step}"]), f"{name} at {size}, {case}, step {step}"
 
 
 def skip_all(world: World, engine: dict[str, Any], train: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

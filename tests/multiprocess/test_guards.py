@@ -81,12 +81,52 @@ def test_a_count_is_whole(tmp_path: Path) -> None:
     assert "expected a whole number" in error
 
 
-def test_an_error_of_one_rank_inside_a_step_is_not_taken_for_everybodys(tmp_path: Path) -> None:
-    recipe = with_model(tmp_path, "Linear", task="Raising")
+@pytest.mark.parametrize(
+    ("model", "task", "engine", "told"),
+    [
+        ("Linear", "Raising", "ddp", "DataError: a label that cannot be"),
+        ("Linear", "RaisingMetric", "fsdp", "DataError: a label that cannot be"),
+        ("UnusedByOne", None, "ddp", "got no gradient in this step: spare.weight, spare.bias"),
+    ],
+)
+def test_an_error_of_one_rank_is_not_taken_for_everybodys(
+    model: str, task: str | None, engine: str, told: str, tmp_path: Path
+) -> None:
+    recipe = with_model(tmp_path, model, task=task, hardware={"engine": engine})
     with pytest.raises(WorldFailed):
         run_world(train_rank, 2, recipe, deadline_s=30)
-    report = (tmp_path / "attempts" / "0001" / "failures" / "rank-00001.json").read_text()
-    assert "DataError: a label that cannot be" in report
+    assert told in (tmp_path / "attempts" / "0001" / "failures" / "rank-00001.json").read_text()
+
+
+def test_a_verdict_of_one_rank_on_joint_microbatches_is_everybodys(tmp_path: Path) -> None:
+    """No rank begins a forward, which gathers weights here, that another does not enter."""
+    recipe = with_model(tmp_path, "Linear", task="Miscounting", hardware={"engine": "fsdp", "fuse": 2})
+    assert run_world(train_rank, 2, recipe, deadline_s=60) == [0, 0]
+    (event,) = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "separate_passes"]
+    assert "task.count of two together is 17" in event["reason"]
+
+
+def unreadable(world: World, recipe: Recipe) -> str:
+    """Start again, where rank 1 alone cannot read the checkpoint."""
+    from distdl.errors import Corrupt
+    from distdl.train import resume
+
+    def broken(*_: Any) -> Any:
+        raise Corrupt("a disk that is gone")
+
+    if world.rank == 1:
+        resume.load_tensors = broken
+    return refusal(world, recipe)
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_refused_by_all(tmp_path: Path) -> None:
+    recipe = with_model(tmp_path, "Linear", hardware={"engine": "zero3"})
+    stop = {"DISTDL_FAIL_AT": "0:train.step@2:USR1"}
+    assert run_world(train_rank, 2, recipe, env=stop) == [75, 75]
+    errors = run_world(unreadable, 2, recipe, deadline_s=60)
+    assert "a disk that is gone" in errors[1]
+    assert "[rank 1/2" in errors[0]
+    assert "a disk that is gone" in errors[0]
 
 
 def test_a_mistyped_metric_is_found_before_the_first_step(tmp_path: Path) -> None:

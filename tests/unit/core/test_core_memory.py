@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from core_support import plan_for, recipe_with
+from core_support import images, plan_for, recipe_with
 
 from distdl.memory import FP32, Memory, ModelSizes, predict
+from distdl.plan import make_plan
+from distdl.topology import Topology
 
 SIZES = ModelSizes(parameters=1200, trainable=800, largest=400, units=(600,), buffers=10, activations=5000)
 
@@ -56,3 +58,13 @@ def test_an_average_of_the_weights_and_the_sum_of_all() -> None:
         found.as_dict()["total"] == found.total == sum(v for k, v in found.as_dict().items() if k != "total")
     )
     assert found.shown()["activations"] == "0 MiB"
+
+
+def test_hybrid_shards_are_divided_inside_a_node() -> None:
+    hybrid = {"engine": "fsdp", "fuse": 1, "hybrid_shard": True}
+    changes = {"optim": {"name": "adamw", "lr": 0.1}, "batch": {"global": 16, "micro": 4}, "hardware": hybrid}
+    recipe = recipe_with(**changes)
+    plan = make_plan(recipe, Topology.of(2, 2, cpus=4), images())
+    found = predict(recipe, plan, SIZES)
+    assert (found.gradients, found.optimizer) == (FP32 * 400, FP32 * 800)
+    assert found.weights == FP32 * (600 + SIZES.buffers)

@@ -129,9 +129,11 @@ def test_without_deepspeed_one_is_told_what_to_install(monkeypatch: pytest.Monke
 @pytest.fixture
 def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The lock file of a build that was killed."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "some_op" / "lock"
-    lock.parent.mkdir()
+    pytest.importorskip("importlib.metadata").version("deepspeed")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lock = build_folder() / "some_op" / "lock"
+    lock.parent.mkdir(parents=True)
     lock.touch()
     return lock
 
@@ -151,6 +153,15 @@ def test_a_lock_stays_while_another_process_may_be_building(stale: Path) -> None
             assert stale.exists()
     finally:
         os.close(other)
+
+
+def test_a_folder_that_the_user_names_is_left_as_it_is(
+    stale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(stale.parent))
+    with own_builds():
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == str(stale.parent)
+    assert list(stale.parent.iterdir()) == [stale]
 
 
 def test_the_folder_is_the_users_own_and_the_environment_is_restored(
