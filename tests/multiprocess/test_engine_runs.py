@@ -42,8 +42,8 @@ Run = tuple[list[dict[str, Any]], dict[str, Tensor]]
 def recipe_of(folder: Path, engine: str) -> Recipe:
     """Dropout, averaged weights; 125 microbatches to evaluate, which 2 and 3 ranks cannot share out evenly.
 
-    GroupNorm: with BatchNorm over few rows plain DDP at 1 and at 2 ranks is some percent apart after 12 steps,
-    most likely since the images' equal pixels tie in max-pooling, where rounding decides.
+    GroupNorm: with BatchNorm over few rows plain DDP at 1 and at 2 ranks is some percent apart after 12
+    steps, most likely since the images' equal pixels tie in max-pooling, where rounding decides.
     """
     return recipe_for(
         folder,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from distdl.engines.base import Applied
 from distdl.train import loop
+from distdl.train.fusing import Fusing
 from distdl.train.schedule import learning_rate
 from distdl.train.session import Session, StepBatch
 from distdl.train.state import TrainState
@@ -118,6 +119,7 @@ def loop_with(engine: FakeEngine) -> Iterator[Session]:
         state=TrainState(step=1, updates=1),
         row={},
         stepped=True,
+        fusing=Fusing(),
         beat=lambda phase: None,
         event=lambda kind, **facts: None,
         console=SimpleNamespace(step=lambda step, row: None, say=lambda text: None),
