@@ -15,7 +15,7 @@ from distdl.recipe import Recipe
 
 FP32 = 4
 BUCKET = 25 * 2**20
-"""Bytes that are exchanged at once in exact mode."""
+"""Bytes that are exchanged at once in exact mode and, by default, by ZeRO."""
 
 _SLOTS = {"adamw": 2, "lamb": 2, "lion": 1}
 """Tensors of optimiser state as large as the parameters; Adafactor's are negligible."""
@@ -104,12 +104,14 @@ def _communication(recipe: Recipe, plan: Plan, sizes: ModelSizes) -> int:
     if recipe.hardware.shard_optimizer:
         return 2 * trained  # DDP's buckets, and the updated weights on their way
     unit = FP32 * max(sizes.units, default=sizes.parameters)
+    buckets = min(2 * BUCKET, 2 * trained)
     return {
         "ddp": trained,  # after its first step DDP lays its buckets out anew, the old ones still there
         "accelerate": trained,
         "fsdp": 4 * unit,
-        "zero0": 0,
-        "zero1": trained // plan.world_size,
-        "zero2": trained // plan.world_size,
-        "zero3": 2 * unit,
+        "zero0": trained,  # all gradients, copied into one piece
+        "zero1": buckets + 2 * unit,
+        # With several microbatches the sum so far, and the gradients that come, each of a shard.
+        "zero2": trained // plan.world_size + buckets + 2 * unit,
+        "zero3": 2 * buckets + 4 * unit,  # weights that are live or fetched ahead; buckets of gradients
     }[plan.engine]

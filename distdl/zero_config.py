@@ -34,6 +34,14 @@ class Decided(Protocol):
     def shares(self) -> tuple[int, ...]: ...
 
 
+BUCKET = 25 * 2**20 // 4
+"""Elements that are sent or gathered at once, 25 MiB in fp32. DeepSpeed's own default, 2 GB, is a whole model
+of 500 million parameters in one piece, beside the model."""
+
+GROUP = 2 * BUCKET
+"""Elements, about, that are updated at once."""
+
+
 @dataclass(frozen=True)
 class Settled:
     """A value that follows from the recipe or the plan, and what to change in its stead."""
@@ -133,6 +141,12 @@ def _defaults(plan: Decided) -> dict[str, Any]:
         "zero_optimization": {
             # A CPU has no streams that a copy could overlap on.
             "overlap_comm": cuda,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "sub_group_size": GROUP // plan.world_size,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": 2 * BUCKET,
+            "stage3_max_reuse_distance": 0,
             "offload_optimizer": {"pin_memory": cuda},
             "offload_param": {"pin_memory": cuda},
         },

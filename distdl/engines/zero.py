@@ -33,7 +33,7 @@ from distdl.engines.recompute import recompute_blocks
 from distdl.engines.zero_library import load_deepspeed, start
 from distdl.engines.zero_state import State, state_for
 from distdl.errors import EngineError, Incompatible
-from distdl.zero_config import deepspeed_config
+from distdl.zero_config import GROUP, deepspeed_config
 
 if TYPE_CHECKING:
     from distdl.plan import Plan
@@ -69,6 +69,8 @@ class ZeroEngine:
         self._buffers = UnkeyedBuffers(model)
         self._statistics = RunningStatistics(model, compiled=hardware.compile)
         self._optimizer = build_optimizer(model, self._recipe.optim)
+        if self._stage:
+            _split_groups(self._optimizer)
         self._cast_inside(model)
         before = State(model, self._optimizer)
         _make_contiguous(model)
@@ -169,12 +171,11 @@ class ZeroEngine:
         if not self._average.averages:
             yield
             return
-        try:
-            with self._average.in_place():
-                self._state.weights_changed()
-                yield
-        finally:
+        with self._average.in_place():
             self._state.weights_changed()
+            yield
+        # Collective at stage 3: not while one rank's error unwinds.
+        self._state.weights_changed()
 
     def _averages_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The averages of a state by name; the weights where it has none. Raises Incompatible."""
@@ -259,6 +260,20 @@ def _refuse_other_types(model: nn.Module) -> None:
             f"{len(other)} parameters are not float32, among them {name} ({dtype}). ZeRO keeps weights in "
             "float32: convert the model (model.float()) and set train.precision, or use hardware.engine=ddp"
         )
+
+
+def _split_groups(optimizer: torch.optim.Optimizer) -> None:
+    """DeepSpeed updates a group at a time, from one flat gradient: small groups need little room."""
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        size = GROUP
+        for p in group["params"]:
+            if size >= GROUP:
+                groups.append({**group, "params": []})
+                size = 0
+            groups[-1]["params"].append(p)
+            size += p.numel()
+    optimizer.param_groups[:] = groups
 
 
 def _make_contiguous(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ in DeepSpeed 0.19.8.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,19 @@ from distdl.engines.optim import (
 )
 from distdl.errors import EngineError, Incompatible
 
+_FLAT = (
+    "bit16_groups_flat",
+    "parallel_partitioned_bit16_groups",
+    "single_partition_of_fp32_groups",
+    "_link_all_hp_params",
+    "refresh_fp32_params",
+)
 _NEEDED = {
-    1: ("bit16_groups_flat", "refresh_fp32_params"),
-    2: ("bit16_groups_flat", "refresh_fp32_params"),
+    1: _FLAT,
+    2: _FLAT,
     3: (
         "fp32_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat",
         "fp16_groups",
         "grad_position",
         "get_param_id",
@@ -41,6 +49,9 @@ _NEEDED = {
         "refresh_fp32_params",
     ),
 }
+
+_AT_ONCE = 2**22
+"""Elements of each rank that are gathered at once."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,11 @@ class _Sliced(State, ABC):
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         super().check(tensors)
+        if "step" not in known_slots(self.optimizer):
+            return
         for part in self.slices:
-            given = [tensors.get(f"optim/step/{name}") for name in part.parameters]
-            steps = {float(step) for step in given if step is not None}
-            if len(steps) > 1 and "step" in known_slots(self.optimizer):
+            steps = {float(tensors[f"optim/step/{name}"]) for name in self._fitting(part, tensors)}
+            if len(steps) > 1:
                 raise Incompatible(
                     f"the checkpoint's optimiser has seen some parameters in {min(steps):g} steps and others "
                     f"in {max(steps):g}, and DeepSpeed counts them together: go on with ddp or fsdp"
@@ -146,13 +158,27 @@ class _Sliced(State, ABC):
 
     def _state_of(self, part: Slice, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
-        for slot in sorted(known_slots(self.optimizer)):
-            given = {name: tensors.get(f"optim/{slot}/{name}") for name in part.parameters}
-            there = {name: t for name, t in given.items() if t is not None}
-            if there:
-                first = next(iter(there.values()))
-                state[slot] = first.clone() if slot == "step" else self.cut(part, there)
+        names = self._fitting(part, tensors)
+        for slot in sorted(known_slots(self.optimizer)) if names else ():
+            given = {name: tensors[f"optim/{slot}/{name}"] for name in names}
+            # A parameter may be without a dimension, too: shapes do not tell its step from its state.
+            whole = slot != "step" and all(tuple(t.shape) == self.shapes[n] for n, t in given.items())
+            state[slot] = self.cut(part, given) if whole else given[names[0]].clone()
         return state
+
+    def _fitting(self, part: Slice, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The parameters of which the checkpoint has the state of this kind of optimiser, no more, no less.
+
+        The others begin it afresh, as under every engine.
+        """
+        found: dict[str, set[str]] = {name: set() for name in part.parameters}
+        for key in tensors:
+            kind, _, rest = key.partition("/")
+            slot, _, name = rest.partition("/")
+            if kind == "optim" and name in found:
+                found[name].add(slot)
+        wanted = known_slots(self.optimizer)
+        return [name for name, slots in found.items() if slots == wanted]
 
 
 class Flattened(_Sliced):
@@ -162,6 +188,11 @@ class Flattened(_Sliced):
         super().__init__(model, optimizer)
         self._zero = zero
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        _share(
+            zero.single_partition_of_fp32_groups,
+            [parts[self._rank] for parts in zero.parallel_partitioned_bit16_groups],
+        )
+        zero._link_all_hp_params()  # its views of the former copies would keep them alive
         self._begin: dict[str, int] = {}
         self.slices = []
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -181,7 +212,7 @@ class Flattened(_Sliced):
     def gathered(self, part: Slice, value: Tensor) -> dict[str, Tensor]:
         flat = _gather(value).flatten()
         return {
-            name: flat[self._begin[name] : self._begin[name] + p.numel()].view(p.shape).cpu().clone()
+            name: flat[self._begin[name] : self._begin[name] + p.numel()].view(p.shape).clone()
             for name, p in part.parameters.items()
         }
 
@@ -210,6 +241,7 @@ class Partitioned(_Sliced):
         self._zero = zero
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self.weights = {name: _piece(p) for name, p in weights_of(model).items()}
+        _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
         names = {id(p): name for name, p in model.named_parameters()}
         self.slices = [
             Slice(flat, {names[id(p)]: p for p in group})
@@ -269,7 +301,7 @@ class Partitioned(_Sliced):
 
     def _joined(self, name: str, pieces: Tensor) -> Tensor:
         shape = torch.Size(self.shapes[name])
-        return pieces.reshape(-1)[: shape.numel()].view(shape).cpu().clone()
+        return pieces.reshape(-1)[: shape.numel()].view(shape).clone()
 
 
 def state_for(
@@ -288,15 +320,31 @@ def state_for(
     return Flattened(model, optimizer, engine.optimizer)
 
 
+def _share(masters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Let the optimiser write into the weights themselves where both lie on one device.
+
+    DeepSpeed updates a copy in fp32 and copies it into the weights, which are often bf16; here both are fp32.
+    """
+    for master, weight in zip(masters, weights, strict=True):
+        if master.device == weight.device and master.dtype == weight.dtype and master.shape == weight.shape:
+            master.data = weight.data
+
+
 def _piece(p: Any) -> Tensor:
     piece: Tensor = p.ds_tensor
     return piece
 
 
 def _gather(value: Tensor) -> Tensor:
-    """Every rank's [n], in rank order: [ranks, n]."""
-    every = value.new_empty((dist.get_world_size(), value.numel()))
-    dist.all_gather(list(every), value.detach().contiguous())
+    """Every rank's [n], in rank order: [ranks, n], on the CPU: the GPU may have no room for it."""
+    mine = value.detach().contiguous()
+    every = torch.empty((dist.get_world_size(), mine.numel()), dtype=mine.dtype)
+    for begin in range(0, mine.numel(), _AT_ONCE):
+        some = mine[begin : begin + _AT_ONCE]
+        parts = [torch.empty_like(some) for _ in range(len(every))]
+        dist.all_gather(parts, some)
+        for rank, part in enumerate(parts):
+            every[rank, begin : begin + _AT_ONCE] = part
     return every
 
 

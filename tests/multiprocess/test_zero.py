@@ -27,7 +27,7 @@ CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 @cache
 def expected(name: str) -> dict[str, Tensor]:
-    return by_hand(name, 4)
+    return {n: t for n, t in by_hand(name, 4).items() if not n.startswith("ids/")}
 
 
 class Spy(TorchDispatchMode):
@@ -213,7 +213,7 @@ def test_other_worlds_and_offload_compute_the_same(
 
 
 class Either(nn.Module):
-    """Takes one of two layers of the same size, by the sign of its first input."""
+    """Takes one of two layers of the same size, by the sign of its eighth input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Either(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.flatten(1)
-        logits: Tensor = (self.one if x[0, 0] > 0 else self.other)(x)
+        logits: Tensor = (self.one if x[0, 7] > 0 else self.other)(x)
         return logits
 
 

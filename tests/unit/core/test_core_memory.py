@@ -68,3 +68,14 @@ def test_hybrid_shards_are_divided_inside_a_node() -> None:
     found = predict(recipe, plan, SIZES)
     assert (found.gradients, found.optimizer) == (FP32 * 400, FP32 * 800)
     assert found.weights == FP32 * (600 + SIZES.buffers)
+
+
+def test_zero_holds_buckets_and_no_second_copy_of_the_weights() -> None:
+    # The sizes of `benchmarks/memory.py`; measured there, in MiB, by stage.
+    unit = 8_396_800
+    sizes = ModelSizes(100_055_050, 100_055_050, 7_680_000, (unit,) * 11, 0, 8 * 2**20)
+    changes: dict[str, Any] = {"optim": {"name": "adamw", "lr": 0.1}, "batch": {"global": 16, "micro": 4}}
+    for stage, measured in {0: 1945, 2: 1316, 3: 1062}.items():
+        changes["hardware"] = {"fuse": 1, "engine": f"zero{stage}"}
+        found = predict(recipe_with(**changes), plan_for(2, **changes), sizes).total / 2**20
+        assert found == pytest.approx(measured, rel=0.15), stage
