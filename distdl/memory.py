@@ -105,9 +105,11 @@ def _communication(recipe: Recipe, plan: Plan, sizes: ModelSizes) -> int:
         return 2 * trained  # DDP's buckets, and the updated weights on their way
     unit = FP32 * max(sizes.units, default=sizes.parameters)
     buckets = min(2 * BUCKET, 2 * trained)
+    # What is accumulated before the last backward of a step lies outside DDP's buckets.
+    twice = trained if max(plan.shares) > 1 else 0
     return {
-        "ddp": trained,  # after its first step DDP lays its buckets out anew, the old ones still there
-        "accelerate": trained,
+        "ddp": twice,
+        "accelerate": twice,
         "fsdp": 4 * unit,
         "zero0": trained,  # all gradients, copied into one piece
         "zero1": buckets + 2 * unit,

@@ -81,6 +81,10 @@ def test_a_run_goes_on_with_another_engine(
         for name in ("loss", "grad_norm", *(n for n in mine if n.startswith("eval_"))):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3), (mine["step"], name)
     assert [r["step"] for r in rows if "eval_accuracy" in r] == [4, 8, 12]
-    name, error = worst(tensors, undisturbed[1])
-    print(f"\n{begun} at 2, {ended} at {size}: worst relative error {error:.1e} ({name})", end="")
-    assert error < 1e-4, name
+    # A momentum holds the last few gradients: an activation that rounds to the other side of a kink shows
+    # there in full, and in the weights a hundred times less.
+    for kind, most in (("model/", 1e-4), ("ema/", 1e-4), ("optim/", 2e-3)):
+        mine, theirs = ({n: t for n, t in s.items() if n.startswith(kind)} for s in (tensors, undisturbed[1]))
+        name, error = worst(mine, theirs)
+        print(f"\n{begun} at 2, {ended} at {size}: worst relative error {error:.1e} ({name})", end="")
+        assert error < most, name
