@@ -30,8 +30,16 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 QUICK = {("ddp", 2), ("ddp_exact", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 3), ("accelerate", 2)}
 
+
+def marks(name: str, size: int) -> Any:
+    """Worlds 2 and 3 in every full run of the suite; 1 and 4 in the long one, or by the name of this file."""
+    if (name, size) in QUICK:
+        return ()
+    return (pytest.mark.slow, *((pytest.mark.campaign,) if size in (1, 4) else ()))
+
+
 WORLDS = [
-    pytest.param(name, size, marks=() if (name, size) in QUICK else pytest.mark.slow)
+    pytest.param(name, size, marks=marks(name, size))
     for name in ENGINES
     for size in (1, 2, 3, 4)
     if not (size == 1 and "sharded" in name)
