@@ -30,26 +30,32 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """Paths inside one run's folder, and what is appended there. Creates nothing until `create`."""
+    """Paths inside one run's folder, and what is appended there. Creates nothing until `create`.
 
-    def __init__(self, path: str | Path) -> None:
+    `checkpoints` is in the folder unless another path, or the URL of an object store, is given.
+    """
+
+    def __init__(self, path: str | Path, checkpoints: str | None = None) -> None:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints: str | Path = self.path / "checkpoints"
+        if checkpoints is not None:
+            self.checkpoints = checkpoints if "://" in checkpoints else Path(checkpoints)
         self.attempts = self.path / "attempts"
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDirectory:
         """The run directory that `recipe` names."""
-        return cls(recipe.run.dir or "runs/unnamed")
+        return cls(recipe.run.dir or "runs/unnamed", recipe.checkpoint.dir)
 
     def create(self) -> None:
         """Make the folders. Raises EnvironmentProblem when that is not possible."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.attempts.mkdir(exist_ok=True)
+            if isinstance(self.checkpoints, Path):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.attempts.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:

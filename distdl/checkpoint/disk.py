@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from distdl.errors import CheckpointError
+from distdl.stores import scrub
 
 CHUNK = 8 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -29,16 +30,6 @@ def write_durably(path: Path, data: bytes) -> str:
             digest.update(view[:written])
             view = view[written:]
         os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a file's bytes. Releases the interpreter lock, so threads do hash in parallel."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
@@ -62,14 +53,14 @@ def require_room(directory: Path, needed: int) -> None:
         raise CheckpointError(f"no space left: needs {needed:,} bytes, has {free:,}, in {directory}")
 
 
-def explain(error: Exception, directory: Path) -> str:
+def explain(error: Exception, directory: Path | str) -> str:
     """What an exception met while saving means to the person who reads it."""
     if isinstance(error, OSError) and error.errno in FULL:
         quota = " (the quota is used up)" if error.errno == errno.EDQUOT else ""
         return f"no space left while writing in {directory}{quota}: free some, or lower checkpoint.keep"
     if isinstance(error, CheckpointError):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return scrub(f"{type(error).__name__}: {error}")
 
 
 def aside(path: Path, kind: str) -> Path:

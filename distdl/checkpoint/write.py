@@ -1,288 +1,318 @@
-"""`save`: write a checkpoint that either exists whole or does not exist, whatever fails and wherever.
+"""`Saver`: write checkpoints that either exist whole or do not exist, whatever fails and wherever.
 
-Three rounds. In each, every rank does its part, keeps any error as a value, and the values are gathered; so
-all ranks go on or all raise with the same cause, and no rank waits for one that has given up.
+    begin     compare what the ranks hold, share out what all hold; rank 0 checks room and begins an attempt
+    write     every rank writes its file durably; asynchronously, from a copy, in a background thread
+    commit    sizes and hashes are gathered; rank 0 makes the files a checkpoint, and removes old ones
 
-    prepare   compare what the ranks hold; rank 0 checks room and makes step-N.tmp-<random>
-    write     every rank writes and fsyncs its file; sizes and hashes are gathered
-    commit    rank 0 writes the manifest, fsyncs, renames to step-N, fsyncs the parent, prunes
+In each round every rank does its part, keeps any error as a value, and the values are gathered; so all ranks
+go on or all raise with the same cause, and no rank waits for one that has given up. The background thread
+takes part in no collective: what became of its file is such a value, gathered at a later boundary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import platform
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
-import safetensors.torch
-import torch
 import xxhash
 
-import distdl
-from distdl.checkpoint.disk import aside, explain, remove, require_room, sync_directory, write_durably
-from distdl.checkpoint.manifest import MANIFEST, Facts, file_name, seal, serialise, step_name
-from distdl.checkpoint.read import dtype_name, verify
-from distdl.checkpoint.retention import prune
+from distdl.checkpoint.commit import commit, stands_already
+from distdl.checkpoint.disk import explain
+from distdl.checkpoint.folders import Place, child, shown
+from distdl.checkpoint.image import Image, dtype_name, slots_of, views
+from distdl.checkpoint.manifest import Facts, file_name, step_name
+from distdl.checkpoint.retention import Keep, prune
 from distdl.checkpoint.sharing import share_out
+from distdl.checkpoint.store import Store
+from distdl.checkpoint.tensorfile import HashingWriter, Slot, header_of
 from distdl.comm.world import Json, World
-from distdl.errors import CheckpointError, Corrupt, Incomplete
-from distdl.testing.faults import point
+from distdl.errors import CheckpointError
+from distdl.pieces import Piece
+from distdl.testing import faults
 
 SAVE_POINTS = (
     "save.begin",  # every rank
     "save.made_directory",  # every rank
-    "save.written",  # every rank, after its file
+    "save.header_written",  # every rank, from here to save.written in the background if asynchronous
+    "save.data_written",  # not durable yet
+    "save.written",
     "save.before_manifest",  # from here on rank 0 alone
-    "save.manifest_written",
-    "save.before_rename",
-    "save.renamed",
-    "save.pruned",
+    "save.manifest_written",  # in an object store, this is the commit
+    "save.before_rename",  # not in an object store
+    "save.renamed",  # not in an object store
+    "save.pruned",  # in the background if asynchronous
 )
+COPIED = "save.copied"
+"""The point after `save.made_directory` where an asynchronous save has its copy."""
 
 # What headers, the manifest and a file system's own blocks may take beyond the tensors themselves.
 MARGIN_BYTES = 1 << 20
-MARGIN_BYTES_PER_TENSOR = 1 << 10
+MARGIN_BYTES_PER_PIECE = 1 << 10
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Save:
-    """One save under way: the arguments of `save`, and how far rank 0 has come."""
+    """One save under way. `work`: this rank's file, being written; its result is never an exception."""
 
-    directory: Path
-    tensors: Mapping[str, torch.Tensor]
     facts: Facts
-    world: World
-    keep: int
-    temporary: Path | None = None
-    renamed: bool = False
+    began: float
+    attempt: str = ""
+    work: Future[Json] | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank writes: where in its file, and, by name, what the manifest is to say of it."""
+
+    slots: Sequence[Slot]
+    entries: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a save came to: `seconds` from its begin to its commit."""
+
+    place: Place
+    step: int
+    seconds: float
+
+
+class Saver:
+    """Saves at one place. All ranks call `save`, `commit` and `settle`, in the same order; one thread a rank.
+
+    `asynchronous`: `save` returns once this rank's share is copied, into memory that is kept from save to
+    save, as much as its share. `metric`: the name and mode whose `keep.best` are kept.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        world: World,
+        keep: Keep,
+        *,
+        asynchronous: bool = False,
+        metric: tuple[str, str] | None = None,
+    ) -> None:
+        self._store = store
+        self._world = world
+        self._keep = keep
+        self._metric = metric
+        self._asynchronous = asynchronous
+        self._image = Image()
+        # One thread, so that a removal and the next write take turns.
+        self._background = ThreadPoolExecutor(1, "distdl-save")
+        self._flying: _Save | None = None
+        self.last: Committed | None = None
+        """The last save that was committed, or found to be there already."""
+
+    def save(self, held: Mapping[str, Piece], facts: Facts) -> Place | None:
+        """Collective. Save one step; blocks until it is committed, or, if asynchronous, until it is copied.
+
+        Returns the checkpoint's place, or None where it is to be committed later. Commits what is in flight
+        before. A piece that is held whole has to have equal values on all ranks; each writes a share of them.
+        `facts` are taken from rank 0. A sound checkpoint of the same step, recipe and data is left as it is.
+
+        Raises CheckpointError on every rank if any rank fails, with the rank, host and cause. There is then
+        no new checkpoint, and those from before are untouched. Only if the very last fsync failed, after the
+        rename, is there a new one; the message says so.
+        """
+        self.commit()
+        job = _Save(facts, time.perf_counter())
+        loads = self._compare(job, held)
+        if loads is None:
+            return self._done(job)
+        mine = self._share(held, loads)
+        self._begin(job, loads, held)
+        part = _Part(slots_of(mine), {name: _entry(piece) for name, piece in mine.items()})
+        if not self._asynchronous:
+            return self._commit(job, self._write(job, part, views(part.slots, mine)))
+        copied, failure = self._try(lambda: self._copy(job, part, mine))
+        # A copy that failed on one rank alone is told at the commit, as everything else of this rank is.
+        data = [copied] if copied is not None else []
+        self._flying = job
+        job.work = self._background.submit(
+            lambda: {"problem": failure} if failure else self._write(job, part, data)
+        )
+        return None
+
+    def written(self) -> bool:
+        """Local. Whether something is in flight and this rank's part of it has ended, well or not."""
+        return self._flying is not None and self._flying.work is not None and self._flying.work.done()
 
     @property
-    def target(self) -> Path:
-        return self.directory / step_name(self.facts.step)
+    def in_flight(self) -> int | None:
+        """Local, the same on all ranks. The step of the save that is not committed yet."""
+        return self._flying.facts.step if self._flying else None
 
+    def commit(self) -> Place | None:
+        """Collective. Commit what is in flight; waits where a rank is not `written`. None: nothing was.
 
-def save(directory: Path, tensors: Mapping[str, torch.Tensor], facts: Facts, world: World, keep: int) -> Path:
-    """Save one step in `directory` and return the checkpoint's path. All ranks call it; it blocks.
+        Raises as `save`; nothing is in flight afterwards.
+        """
+        job, self._flying = self._flying, None
+        if job is None:
+            return None
+        assert job.work is not None
+        return self._commit(job, job.work.result())
 
-    `tensors` is replicated: every rank passes the same names, shapes, dtypes and values, on any device, of
-    any layout; each writes a share of them. `facts` are taken from rank 0. `directory` is made if missing and
-    has to be one that all ranks share. A sound checkpoint of the same step, recipe and data is left as it
-    is and returned. Afterwards the newest `keep` (at least 1) are kept; a removal that fails is logged only.
+    def settle(self) -> Place | None:
+        """Collective. As `commit`, and waits for the removal of old checkpoints as well."""
+        place = self.commit()
+        self._background.submit(lambda: None).result()
+        return place
 
-    Raises CheckpointError on every rank if any rank fails, with the rank, host and cause. There is then no
-    new checkpoint, and those from before are untouched. Only if the very last fsync failed, after the rename,
-    is there a new one; the message says so.
-    """
-    if keep < 1:
-        raise ValueError(f"keep is {keep}; it has to be at least 1")
-    job = _Save(directory, tensors, facts, world, keep)
-    prepared = _together(job, lambda: _prepare(job))
-    if prepared[0]["exists"]:
-        return job.target
-    _require_agreement(job, [p["holding"] for p in prepared])
-    job.temporary = directory / prepared[0]["temporary"]
-    written = _together(job, lambda: _write_share(job))
-    _together(job, lambda: _commit(job, written) if world.is_main else None)
-    return job.target
+    def close(self) -> None:
+        """Local. No more is saved; what is in flight is not committed. Does not wait. May be called again."""
+        self._background.shutdown(wait=False)
 
+    # --- rounds ---
 
-def _together(job: _Save, work: Callable[[], Json]) -> list[Json]:
-    """Every rank's result of `work`, on every rank; CheckpointError on every rank if it raised on any."""
-    value, failure = None, None
-    try:
-        value = work()
-    except Exception as error:
-        failure = error
-    told = None if failure is None else f"{_who(job.world)} {explain(failure, job.directory)}"
-    answers = job.world.gather([value, told, job.renamed])
-    causes = [cause for _, cause, _ in answers if cause is not None]
-    if causes:
-        _give_up(job)
-        raise CheckpointError("\n".join([*causes, _outcome(job.target, answers[0][2])])) from failure
-    return [value for value, _, _ in answers]
+    def _together(self, job: _Save, work: Callable[[], Json]) -> list[Json]:
+        """Every rank's result of `work`, on every rank; CheckpointError on every rank if it raised on any."""
+        value, problem = self._try(work)
+        return self._agree(job, value, problem)
 
-
-def _outcome(target: Path, renamed: bool) -> str:
-    if renamed:
-        return f"{target} was written, but may not outlast a power failure"
-    return f"{target} was not written; earlier checkpoints are as they were"
-
-
-def _give_up(job: _Save) -> None:
-    """Remove the temporary directory. Every rank waits for it: whoever leaves first may end the others."""
-    if job.world.is_main and job.temporary is not None and job.temporary.exists():
+    def _try(self, work: Callable[[], Json]) -> tuple[Json, str | None]:
         try:
-            remove(job.temporary)
-        except OSError as error:
-            _log.warning("%s could not be removed (%s); the next start will try again", job.temporary, error)
-    job.world.barrier()
+            return work(), None
+        except Exception as error:
+            return None, explain(error, str(self._store))
+
+    def _agree(self, job: _Save, value: Json, problem: str | None) -> list[Json]:
+        world = self._world
+        told = problem and f"[rank {world.rank}/{world.size} on {socket.gethostname()}] {problem}"
+        answers = world.gather([value, told])
+        causes = [cause for _, cause in answers if cause is not None]
+        if causes:
+            raise CheckpointError("\n".join([*causes, self._give_up(job)]))
+        return [value for value, _ in answers]
+
+    def _give_up(self, job: _Save) -> str:
+        """Discard the attempt; how it stands now. Every rank waits: who leaves first may end the others."""
+        place = child(self._store.place, step_name(job.facts.step))
+        said = f"{shown(place)} was not written; earlier checkpoints are as they were"
+        if self._world.is_main and job.attempt:
+            try:
+                if self._store.is_committed(job.attempt, job.facts.step):
+                    said = f"{shown(place)} was written, but may not outlast a power failure"
+                else:
+                    self._store.discard(job.attempt, job.facts.step)
+            except Exception as error:
+                _log.warning("%s: what was written is left for the next start (%s)", shown(place), error)
+        return str(self._world.from_main(said))
+
+    def _compare(self, job: _Save, held: Mapping[str, Piece]) -> list[int] | None:
+        """By rank, the bytes of its own pieces; None where the checkpoint stands already."""
+
+        def look() -> Json:
+            faults.point("save.begin", job.facts.step)
+            there = self._world.is_main and stands_already(self._store, job.facts)
+            own = sum(p.data.nbytes for p in held.values() if p.begin is not None)
+            return [there, own, _holding(job.facts, held)]
+
+        answers = self._together(job, look)
+        first = answers[0][2]
+        for rank, (_, _, (step, count, digest)) in enumerate(answers):
+            if [step, count, digest] != first:
+                raise CheckpointError(
+                    f"rank {rank} saves step {step} with {count} tensors that all ranks hold (digest of "
+                    f"names, shapes and dtypes: {digest}); rank 0 saves step {first[0]} with {first[1]} "
+                    f"tensors ({first[2]}). All ranks have to hold the same"
+                )
+        return None if answers[0][0] else [own for _, own, _ in answers]
+
+    def _share(self, held: Mapping[str, Piece], loads: Sequence[int]) -> dict[str, Piece]:
+        """What this rank writes."""
+        shared = {n: p.data.nbytes for n, p in held.items() if p.begin is None}
+        mine = set(share_out(shared, loads)[self._world.rank])
+        # An engine may list the empty rest of a tensor that ran out before this rank.
+        runs = {n for n, p in held.items() if p.begin is not None and (p.data.numel() or not p.meta.numel)}
+        return {n: p for n, p in held.items() if n in mine or n in runs}
+
+    def _begin(self, job: _Save, loads: Sequence[int], held: Mapping[str, Piece]) -> None:
+        shared = sum(p.data.nbytes for p in held.values() if p.begin is None)
+        pieces = len(held) * self._world.size
+        needed = sum(loads) + shared + pieces * MARGIN_BYTES_PER_PIECE + MARGIN_BYTES
+        world, step = self._world, job.facts.step
+        answers = self._together(job, lambda: self._store.begin(step, needed) if world.is_main else None)
+        job.attempt = str(answers[0])
+
+    def _copy(self, job: _Save, part: _Part, mine: Mapping[str, Piece]) -> memoryview:
+        data = self._image.take(part.slots, mine)
+        faults.point(COPIED, job.facts.step)
+        return data
+
+    def _write(self, job: _Save, part: _Part, data: Iterable[memoryview]) -> Json:
+        """Local. Write this rank's file; what became of it, or what went wrong. Never raises."""
+        value, problem = self._try(lambda: self._write_file(job, part, data))
+        return {"value": value, "problem": problem}
+
+    def _write_file(self, job: _Save, part: _Part, data: Iterable[memoryview]) -> Json:
+        step, world = job.facts.step, self._world
+        faults.point("save.made_directory", step)
+        name = file_name(world.rank, world.size, self._store.mark(job.attempt))
+        header = header_of(part.slots)
+        nbytes = len(header) + (part.slots[-1].end if part.slots else 0)
+        sink = self._store.create(job.attempt, step, name, nbytes)
+        try:
+            with HashingWriter(sink) as writer:
+                writer.write(header)
+                faults.point("save.header_written", step)
+                for view in data:
+                    writer.write(view)
+            faults.point("save.data_written", step)
+            sink.finish()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                sink.abandon()
+            raise
+        faults.point("save.written", step)
+        return {"file": name, "size": writer.size, "xxh3_128": writer.hexdigest(), "tensors": part.entries}
+
+    def _commit(self, job: _Save, result: Json) -> Place:
+        written = self._agree(job, result.get("value"), result.get("problem"))
+        world, store = self._world, self._store
+        self._together(
+            job,
+            lambda: commit(store, job.attempt, job.facts, world.size, written) if world.is_main else None,
+        )
+        place = self._done(job)
+        if world.is_main:
+            pruned = self._background.submit(self._prune, job.facts.step)
+            if not self._asynchronous:
+                pruned.result()
+        return place
+
+    def _done(self, job: _Save) -> Place:
+        place = child(self._store.place, step_name(job.facts.step))
+        self.last = Committed(place, job.facts.step, time.perf_counter() - job.began)
+        return place
+
+    def _prune(self, step: int) -> None:
+        # The checkpoint stands by now. Failing the run over its predecessors would only make it restart from
+        # this one, and fail at the same place again.
+        try:
+            prune(self._store, self._keep, step, self._metric)
+            faults.point("save.pruned", step)
+        except Exception as error:
+            _log.warning("old checkpoints were not all removed: %s", explain(error, str(self._store)))
 
 
-def _who(world: World) -> str:
-    return f"[rank {world.rank}/{world.size} on {socket.gethostname()}]"
+def _holding(facts: Facts, held: Mapping[str, Piece]) -> Json:
+    """What has to be the same on all ranks: the step, and a digest of what all of them hold."""
+    shared = sorted((n, p) for n, p in held.items() if p.begin is None)
+    described = [f"{n} {dtype_name(p.data.dtype)} {list(p.shape)}" for n, p in shared]
+    return [facts.step, len(described), xxhash.xxh3_64_hexdigest("\n".join(described).encode())]
 
 
-# --- prepare ---
-
-
-def _prepare(job: _Save) -> Json:
-    point("save.begin", job.facts.step)
-    answer: dict[str, Json] = {"holding": _holding(job), "exists": False}
-    if job.world.is_main:
-        answer["exists"] = _already_there(job)
-        if not answer["exists"]:
-            job.temporary = _make_temporary(job)
-            answer["temporary"] = job.temporary.name
-    return answer
-
-
-def _holding(job: _Save) -> Json:
-    """What has to be the same on all ranks: the step, and a digest of names, dtypes and shapes."""
-    described = [f"{n} {dtype_name(t)} {list(t.shape)}" for n, t in sorted(job.tensors.items())]
-    return [job.facts.step, len(described), xxhash.xxh3_64_hexdigest("\n".join(described).encode())]
-
-
-def _require_agreement(job: _Save, holdings: list[Json]) -> None:
-    for rank, (step, count, digest) in enumerate(holdings):
-        if [step, count, digest] != holdings[0]:
-            _give_up(job)
-            raise CheckpointError(
-                f"rank {rank} saves step {step} with {count} tensors (digest of names, shapes and dtypes: "
-                f"{digest}); rank 0 saves step {holdings[0][0]} with {holdings[0][1]} tensors "
-                f"({holdings[0][2]}). All ranks have to hold the same"
-            )
-
-
-def _already_there(job: _Save) -> bool:
-    """Whether this step's checkpoint exists, is sound, and is of this recipe and these data."""
-    if not os.path.lexists(job.target):
-        return False
-    try:
-        manifest = verify(job.target)
-    except (Incomplete, Corrupt):
-        return False
-    same = (job.facts.recipe_hash, job.facts.data_fingerprint)
-    return (manifest.recipe_hash, manifest.data_fingerprint) == same
-
-
-def _make_temporary(job: _Save) -> Path:
-    if not job.directory.is_dir():
-        job.directory.mkdir(parents=True)
-        sync_directory(job.directory.parent)
-    needed = sum(t.nbytes + MARGIN_BYTES_PER_TENSOR for t in job.tensors.values()) + MARGIN_BYTES
-    require_room(job.directory, needed)
-    temporary = aside(job.target, "tmp")
-    temporary.mkdir()
-    return temporary
-
-
-# --- write ---
-
-
-def _write_share(job: _Save) -> Json:
-    """Write this rank's file; its size and hash, and what is in it, as the manifest will say."""
-    assert job.temporary is not None
-    point("save.made_directory", job.facts.step)
-    sizes = {name: tensor.nbytes for name, tensor in job.tensors.items()}
-    mine = share_out(sizes, job.world.size)[job.world.rank]
-    name = file_name(job.world.rank, job.world.size)
-    data = safetensors.torch.save(_on_cpu({n: job.tensors[n] for n in mine}), {"format": "pt"})
-    try:
-        digest = write_durably(job.temporary / name, data)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{job.temporary} is not there, though rank 0 has made it: the run directory has to be on a file "
-            "system that all nodes share"
-        ) from error
-    point("save.written", job.facts.step)
-    entries = {n: _entry(name, job.tensors[n]) for n in mine}
-    return {"files": {name: {"size": len(data), "xxh3_128": digest}}, "tensors": entries}
-
-
-def _entry(file: str, tensor: torch.Tensor) -> Json:
-    return {"file": file, "dtype": dtype_name(tensor), "shape": list(tensor.shape)}
-
-
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors, no two of which share memory: safetensors refuses those that do."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        copy = tensor.detach().to("cpu").contiguous()
-        if copy.untyped_storage().data_ptr() in seen:
-            copy = copy.clone()
-        seen.add(copy.untyped_storage().data_ptr())
-        result[name] = copy
-    return result
-
-
-# --- commit ---
-
-
-def _commit(job: _Save, written: list[Json]) -> None:
-    """Rank 0: make the written files a checkpoint, then prune."""
-    assert job.temporary is not None
-    step = job.facts.step
-    point("save.before_manifest", step)
-    files: dict[str, Any] = {k: v for part in written for k, v in part["files"].items()}
-    _require_visible(job.temporary, files)
-    entries = {k: v for part in written for k, v in part["tensors"].items()}
-    in_order = {name: entries[name] for name in job.tensors}
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    manifest = seal(_with_versions(job.facts), job.world.size, now, files, in_order)
-    write_durably(job.temporary / MANIFEST, serialise(manifest))
-    point("save.manifest_written", step)
-    sync_directory(job.temporary)
-    point("save.before_rename", step)
-    _clear_the_way(job)
-    job.temporary.rename(job.target)
-    job.renamed = True
-    sync_directory(job.directory)
-    point("save.renamed", step)
-    _prune(job)
-
-
-def _require_visible(temporary: Path, files: Mapping[str, Any]) -> None:
-    """Two nodes that do not share the directory would each see only their own files."""
-    for name, entry in files.items():
-        path = temporary / name
-        if not path.exists() or path.stat().st_size != entry["size"]:
-            raise CheckpointError(
-                f"{path}, as its rank wrote it, is not what rank 0 sees: the run directory has to be on a "
-                "file system that all nodes share"
-            )
-
-
-def _with_versions(facts: Facts) -> Facts:
-    known = {"distdl": distdl.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return replace(facts, versions={**known, **facts.versions})
-
-
-def _clear_the_way(job: _Save) -> None:
-    """Move what stands at the target aside: `prepare` found it damaged, or of another recipe or data."""
-    if not os.path.lexists(job.target):
-        return
-    try:
-        verify(job.target)
-        kind = "old"
-    except (Incomplete, Corrupt):
-        kind = "bad"
-    job.target.rename(aside(job.target, kind))
-
-
-def _prune(job: _Save) -> None:
-    # The checkpoint stands by now. Failing the run over its predecessors would only make it restart from this
-    # one, and fail at the same place again.
-    try:
-        prune(job.directory, job.keep, job.target)
-        point("save.pruned", job.facts.step)
-    except Exception as error:
-        _log.warning("old checkpoints were not all removed: %s", explain(error, job.directory))
+def _entry(piece: Piece) -> Json:
+    """Dtype, whole shape, and the run of elements."""
+    begin = piece.begin or 0
+    return [dtype_name(piece.data.dtype), list(piece.shape), begin, begin + piece.data.numel()]

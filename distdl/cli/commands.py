@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from distdl import __version__, errors
+from distdl.cli.ckpt import ckpt_app
 from distdl.cli.data import data_app
 from distdl.errors import DistdlError
 from distdl.lifeline import die_with_parent
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+app.add_typer(ckpt_app, name="ckpt")
 
 Config = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -128,8 +129,8 @@ def evaluate(
     config: Config,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A checkpoint folder; default: the newest valid one of the run."),
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A checkpoint's folder or URL; default: the newest valid one of the run."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> int:

@@ -62,7 +62,18 @@ class World:
 
     def from_main(self, value: Json) -> Json:
         """Rank 0's `value`, on every rank; what the others pass is ignored."""
-        return self.gather(value if self.is_main else None)[0]
+        return self.from_rank(0, value)
+
+    def from_rank(self, rank: int, value: Json) -> Json:
+        """The `value` of `rank`, the same on all ranks, on every rank; what the others pass is ignored."""
+        payload = json.dumps(value if self.rank == rank else None).encode()
+        if self.size == 1:
+            return json.loads(payload)
+        nbytes = torch.tensor([len(payload)], dtype=torch.int64)
+        dist.broadcast(nbytes, rank)
+        data = bytearray(payload if self.rank == rank else int(nbytes))
+        dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), rank)
+        return json.loads(data)
 
     def gather_rows(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Concatenate every rank's `rows` ([n_r, k], one dtype, on CPU) in rank order, on every rank.

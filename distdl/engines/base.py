@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from distdl.pieces import Piece, Saved
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -87,17 +89,21 @@ class Engine(Protocol):
         training mode again afterwards. With an engine that `gathers`, ranks must call it equally often.
         """
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Collective. The whole state by name, on every rank: ``model/<name>``, ``optim/<slot>/<name>``,
-        ``ema/<name>``, ``scaler/<name>``. Whole tensors, never shards; some are views: copy before a step.
+    def held(self) -> dict[str, Piece]:
+        """What this rank holds of the state, by name: ``model/<name>``, ``optim/<slot>/<name>``,
+        ``ema/<name>``, ``scaler/<name>``. Local, no communication. Views: copy before a step.
         """
 
-    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_model(self, saved: Saved) -> None:
         """Collective. Take the weights alone, to evaluate with: ``ema/`` where the recipe keeps an average
-        and there is one, else ``model/``. Raises Incompatible and touches nothing.
+        and there is one, else ``model/``. Raises as `load` does.
         """
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Collective. Take a state that any engine's `tensors` returned, or raise Incompatible and touch
-        nothing.
+    def load(self, saved: Saved) -> None:
+        """Collective. Take a state that any engine held, at any world size. A rank reads what it holds, one
+        tensor or run at a time, straight into its own.
+
+        Raises Incompatible on every rank where `saved.metas` do not fit, and has touched nothing. What cannot
+        be read raises CheckpointError on the ranks that read it, and the state is then undefined: other ranks
+        may be waiting, so call it inside `alone`.
         """

@@ -34,6 +34,8 @@ from distdl.engines.optim import (
 from distdl.engines.precision import Precision
 from distdl.engines.recompute import recompute_blocks
 from distdl.engines.sharded import Shards
+from distdl.engines.shards import pieces_of
+from distdl.pieces import Piece, Saved
 
 if TYPE_CHECKING:
     from distdl.plan import Plan
@@ -152,23 +154,23 @@ class DdpEngine:
         finally:
             self.module.train()
 
-    def tensors(self) -> dict[str, Tensor]:
-        averages = {f"ema/{name}": t for name, t in self._average.averages.items()}
+    def held(self) -> dict[str, Piece]:
         state = state_by_name(self.module, self._optimizer)
-        if self._shards is not None:
-            state = self._shards.gather_state(state)
-        return state | averages | self._precision.tensors()
+        held = pieces_of(state) if self._shards is None else self._shards.pieces_of(state)
+        return held | self._average.held() | self._precision.held()
 
-    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
-        chosen = averaged(tensors) if self._recipe.train.ema_decay is not None else tensors
-        check_model(self.module, chosen)
+    def load_model(self, saved: Saved) -> None:
+        chosen = averaged(saved) if self._recipe.train.ema_decay is not None else saved
+        check_model(self.module, chosen.metas)
         load_model(self.module, chosen)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        mine = self._shards.only_mine(tensors) if self._shards is not None else tensors
-        load_by_name(self.module, self._optimizer, mine)
-        self._precision.load(tensors)
-        self._average.load(tensors)
+    def load(self, saved: Saved) -> None:
+        self._average.check(saved.metas)
+        self._precision.check(saved)
+        kept = None if self._shards is None else self._shards.names
+        load_by_name(self.module, self._optimizer, saved, kept)
+        self._precision.load(saved)
+        self._average.load(saved)
 
     def _share_out(self, model: nn.Module) -> tuple[Shards | None, Reducer]:
         hardware, world = self._recipe.hardware, self._world

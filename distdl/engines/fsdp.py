@@ -44,9 +44,11 @@ from distdl.engines.optim import (
 )
 from distdl.engines.precision import Precision
 from distdl.engines.recompute import recompute_blocks
-from distdl.engines.shards import cut, local, shard_of, squared_norm, whole
+from distdl.engines.sharded import assign
+from distdl.engines.shards import local, pieces_of, squared_norm
 from distdl.engines.usage import GradientUse, missing_gradients
 from distdl.errors import EngineError
+from distdl.pieces import Piece, Saved
 
 if TYPE_CHECKING:
     from distdl.plan import Plan
@@ -92,8 +94,7 @@ class FsdpEngine:
         self._use = GradientUse(model, self._world) if fills else None
         self._optimizer = build_optimizer(model, self._recipe.optim)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        held = {name: local(w) for name, w in weights_of(model).items()}
-        self._average = WeightAverage(self._recipe.train.ema_decay, held)
+        self._average = WeightAverage(self._recipe.train.ema_decay, weights_of(model))
 
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._layout.place(batch)
@@ -142,29 +143,34 @@ class FsdpEngine:
         finally:
             self.module.train()
 
-    def tensors(self) -> dict[str, Tensor]:
-        mine = state_by_name(self.module, self._optimizer)
-        weights = weights_of(self.module)
-        mine |= {f"ema/{n}": shard_of(t, weights[n]) for n, t in self._average.averages.items()}
-        return {name: whole(t) for name, t in mine.items()} | self._precision.tensors()
-
-    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
-        chosen = averaged(tensors) if self._recipe.train.ema_decay is not None else tensors
-        check_model(self.module, chosen)
-        load_model(self.module, self._cut(chosen))
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        load_by_name(self.module, self._optimizer, self._cut(tensors))
-        self._precision.load(tensors)
-        self._average.load({name: local(t) for name, t in self._cut(tensors).items()})
-
-    def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors as this rank's shards; those that do not fit the model stay whole, to be refused."""
+    def held(self) -> dict[str, Piece]:
         self._reshard()
-        held = self.module.state_dict()
-        return {
-            name: cut(t, held[key]) if (key := _key_of(name)) in held else t for name, t in tensors.items()
-        }
+        state = pieces_of(state_by_name(self.module, self._optimizer)) | self._average.held()
+        return self._without_replicas(state) | self._precision.held()
+
+    def load_model(self, saved: Saved) -> None:
+        self._reshard()
+        chosen = averaged(saved) if self._recipe.train.ema_decay is not None else saved
+        check_model(self.module, chosen.metas)
+        load_model(self.module, chosen)
+
+    def load(self, saved: Saved) -> None:
+        self._reshard()
+        self._average.check(saved.metas)
+        self._precision.check(saved)
+        load_by_name(self.module, self._optimizer, saved)
+        self._precision.load(saved)
+        self._average.load(saved)
+
+    def _without_replicas(self, held: dict[str, Piece]) -> dict[str, Piece]:
+        """With several replicas of the shards, the runs that it falls to this rank's to list: by size, as
+        those who hold the same shards work out alike.
+        """
+        runs = [name for name, piece in held.items() if piece.begin is not None]
+        replicas = assign([held[name].data.numel() for name in runs], self._replicas)
+        mine = self._world.rank // (self._world.size // self._replicas)
+        others = {name for name, replica in zip(runs, replicas, strict=True) if replica != mine}
+        return {name: piece for name, piece in held.items() if name not in others}
 
     def _reshard(self) -> None:
         # The root keeps what it gathered until a backward, which an evaluation does not have.
@@ -266,15 +272,3 @@ def _sum_gradients(module: FSDPModule, *, fills: bool) -> None:
         )
     if fills:
         module.set_reduce_scatter_unused_params(True, recurse=False)
-
-
-def _key_of(name: str) -> str:
-    """The model's name in the name of a state: ``model/<name>``, ``ema/<name>``, ``optim/<slot>/<name>``.
-
-    Empty for what is not cut: loss scale and step counters.
-    """
-    kind, _, rest = name.partition("/")
-    if kind == "optim":
-        slot, _, rest = rest.partition("/")
-        return "" if slot == "step" else rest
-    return rest if kind in ("model", "ema") else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from distdl.engines.optimisers import Lamb, Lion
 from distdl.engines.rehearsal import rehearse
+from distdl.engines.shards import fill, pieces_of
 from distdl.errors import Incompatible, RecipeError, nearest
 from distdl.imports import import_attribute
+from distdl.pieces import Meta, Renamed, Saved
 
 if TYPE_CHECKING:
     from distdl.recipe.named import AnyOptimiser
@@ -163,54 +165,63 @@ def _as_tensor(number: float) -> Tensor:
     return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
-def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_by_name(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Saved,
+    kept: Collection[str] | None = None,
+) -> None:
     """The reverse of `state_by_name`; or raises Incompatible, naming what differs, and touches nothing.
 
-    State of another kind of optimiser is left out: a run that was allowed to change its own begins it afresh.
+    Local: reads what this rank holds of each tensor. `kept`: the parameters whose optimiser state this rank
+    keeps, where not of all. State of another kind of optimiser is left out: a run that was allowed to change
+    its own begins it afresh.
     """
-    check_model(model, tensors)
-    slots = check_slots({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors)
-    load_model(model, tensors)
+    check_model(model, saved.metas)
+    slots = check_slots({name: tuple(p.shape) for name, p in model.named_parameters()}, saved.metas)
+    load_model(model, saved)
     optimizer.state.clear()
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, str]] = {}
     for slot, name in slots:
-        found.setdefault(name, {})[slot] = tensors[f"optim/{slot}/{name}"]
+        if kept is None or name in kept:
+            found.setdefault(name, {})[slot] = f"optim/{slot}/{name}"
     names = {p: name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            mine = found.get(names[parameter])
-            if mine:
-                _take(optimizer, group, parameter, mine)
+            if names[parameter] in found:
+                _take(optimizer, group, parameter, Renamed(saved, found[names[parameter]]))
 
 
-def _take(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, found: dict[str, Tensor]
-) -> None:
-    """Give one parameter its state, where it is that of this kind of optimiser."""
+def _take(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, found: Saved) -> None:
+    """Give one parameter its state, by slot, where it is that of this kind of optimiser."""
     like: dict[str, Any] = {}
     if type(optimizer) in _SLOTS:
-        if set(found) not in _SLOTS[type(optimizer)]:
+        if set(found.metas) not in _SLOTS[type(optimizer)]:
             return
     else:
         kept = rehearse(optimizer, group, parameter)
         like = kept.state
         wanted = set(_as_slots(like)) | {f"{_GROUP}{k}" for k in kept.group}
-        if not wanted <= set(found):
+        if not wanted <= set(found.metas):
             return
-        group |= {k[len(_GROUP) :]: v.item() for k, v in found.items() if k.startswith(_GROUP)}
+        group |= {k[len(_GROUP) :]: found.whole(k).item() for k in found.metas if k.startswith(_GROUP)}
     state = optimizer.state[parameter]
     state.update({k: v for k, v in like.items() if v is None})
-    for slot, value in found.items():
+    for slot in found.metas:
         if slot.startswith(_NUMBER):
-            state[slot[len(_NUMBER) :]] = value.item()
+            state[slot[len(_NUMBER) :]] = found.whole(slot).item()
         elif not slot.startswith(_GROUP):
-            state[slot] = _placed(slot, value, group, parameter, like.get(slot))
+            state[slot] = _placed(slot, found, group, parameter, like.get(slot))
 
 
-def _placed(slot: str, value: Tensor, group: dict[str, Any], parameter: Tensor, like: Any) -> Tensor:
-    """A copy of `value` where the optimiser wants it; of the parameter's shape, in its memory format."""
-    if slot != "step" and value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def _placed(slot: str, found: Saved, group: dict[str, Any], parameter: Tensor, like: Any) -> Tensor:
+    """A slot where the optimiser wants it; of the parameter's shape, in its memory format and shards."""
+    meta = found.metas[slot]
+    if slot != "step" and meta.shape == tuple(parameter.shape):
+        target = torch.empty_like(parameter, dtype=meta.dtype)
+        fill(pieces_of({slot: target}), found)
+        return target
+    value = found.whole(slot)
     if isinstance(like, Tensor):
         return value.to(like.device, copy=True)
     # Step counters stay on the CPU, where to read one costs nothing, but for kernels that read them.
@@ -226,22 +237,22 @@ def known_slots(optimizer: torch.optim.Optimizer) -> set[str]:
     return {k for kept in each for k, v in kept.state.items() if isinstance(v, Tensor)}
 
 
-def check_slots(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def check_slots(shapes: Mapping[str, tuple[int, ...]], metas: Mapping[str, Meta]) -> list[list[str]]:
     """``[slot, name]`` of each optimiser tensor of a checkpoint. `shapes` are the model's parameters.
 
     Raises Incompatible where one is of a parameter that the model lacks, or of another shape than it must
     have; what is not known here may have any.
     """
-    slots = [k.split("/", 2)[1:] for k in tensors if k.startswith("optim/")]
+    slots = [k.split("/", 2)[1:] for k in metas if k.startswith("optim/")]
     unknown = sorted({name for _, name in slots} - shapes.keys())
     if unknown:
         raise Incompatible(
             f"the checkpoint has optimiser state for parameters the model lacks: {unknown[:8]}"
         )
     differing = [
-        f"{slot} of {name}: {tuple(tensors[f'optim/{slot}/{name}'].shape)} for a parameter of {shapes[name]}"
+        f"{slot} of {name}: {metas[f'optim/{slot}/{name}'].shape} for a parameter of {shapes[name]}"
         for slot, name in slots
-        if not _fits(slot, tuple(tensors[f"optim/{slot}/{name}"].shape), shapes[name])
+        if not _fits(slot, metas[f"optim/{slot}/{name}"].shape, shapes[name])
     ]
     if differing:
         raise Incompatible(f"the checkpoint's optimiser state has other shapes: {'; '.join(differing[:8])}")
@@ -257,14 +268,14 @@ def _fits(slot: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool
     return slot not in _WHOLE or shape == parameter
 
 
-def check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def check_model(model: nn.Module, metas: Mapping[str, Meta]) -> None:
     """Raise Incompatible unless the checkpoint's model tensors are exactly those of `model`."""
-    check_shapes({k: tuple(t.shape) for k, t in model.state_dict().items()}, tensors)
+    check_shapes({k: tuple(t.shape) for k, t in model.state_dict().items()}, metas)
 
 
-def check_shapes(want: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+def check_shapes(want: Mapping[str, tuple[int, ...]], metas: Mapping[str, Meta]) -> None:
     """`check_model` for a model whose state has the shapes `want`, by name."""
-    have = {k.removeprefix("model/"): tuple(t.shape) for k, t in tensors.items() if k.startswith("model/")}
+    have = {k.removeprefix("model/"): meta.shape for k, meta in metas.items() if k.startswith("model/")}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     shapes = [f"{k}: {have[k]} in the checkpoint, {want[k]} in the model" for k in want.keys() & have.keys()
               if have[k] != want[k]]  # fmt: skip
@@ -277,8 +288,6 @@ def check_shapes(want: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tens
         )
 
 
-@torch.no_grad()
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy ``model/<name>`` tensors into the model's parameters and buffers, each in its own layout."""
-    for name, target in model.state_dict().items():
-        target.copy_(tensors[f"model/{name}"])
+def load_model(model: nn.Module, saved: Saved) -> None:
+    """Read ``model/<name>`` into the model's parameters and buffers, each in its own layout. Local."""
+    fill(pieces_of({f"model/{name}": t for name, t in model.state_dict().items()}), saved)

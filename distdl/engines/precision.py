@@ -8,18 +8,18 @@ alike, since it follows the global gradient norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distdl.errors import Incompatible
+from distdl.pieces import Piece, Saved
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GROWTH_STEPS = 2000
 _LARGEST = 2.0**24
+_SCALE, _GOOD_STEPS = "scaler/scale", "scaler/good_steps"
 
 
 class Precision:
@@ -50,20 +50,30 @@ class Precision:
         self.scale = max(self.scale / 2, 1.0)
         return lowered
 
-    def tensors(self) -> dict[str, Tensor]:
+    def held(self) -> dict[str, Piece]:
         """``scaler/scale`` (float64) and ``scaler/good_steps`` (int64), no dimension; nothing if not fp16."""
         if not self._scales:
             return {}
         return {
-            "scaler/scale": torch.tensor(self.scale, dtype=torch.float64),
-            "scaler/good_steps": torch.tensor(self._good_steps, dtype=torch.int64),
+            _SCALE: Piece(torch.tensor(self.scale, dtype=torch.float64), ()),
+            _GOOD_STEPS: Piece(torch.tensor(self._good_steps, dtype=torch.int64), ()),
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `tensors` returned; a state without a scale leaves this one. Raises Incompatible."""
-        if not self._scales or "scaler/scale" not in tensors:
-            return
-        scale = float(tensors["scaler/scale"])
+    def check(self, saved: Saved) -> None:
+        """Raise Incompatible, touching nothing, unless `load` can take this state."""
+        self._of(saved)
+
+    def load(self, saved: Saved) -> None:
+        """Take the scale of a state that has been checked; one without leaves this one as it is. Local."""
+        self.scale, self._good_steps = self._of(saved)
+
+    def _of(self, saved: Saved) -> tuple[float, int]:
+        if not self._scales or not {_SCALE, _GOOD_STEPS} <= saved.metas.keys():
+            return self.scale, self._good_steps
+        shapes = [saved.metas[name].shape for name in (_SCALE, _GOOD_STEPS)]
+        if shapes != [(), ()]:
+            raise Incompatible(f"the checkpoint's loss scale has shapes {shapes}: expected numbers")
+        scale = float(saved.whole(_SCALE))
         if not (math.isfinite(scale) and scale >= 1):
             raise Incompatible(f"the checkpoint's loss scale is {scale}: expected a number of at least 1")
-        self.scale, self._good_steps = scale, int(tensors["scaler/good_steps"])
+        return scale, int(saved.whole(_GOOD_STEPS))

@@ -16,7 +16,9 @@ from torch.nn import Parameter
 
 from distdl.comm import World
 from distdl.comm.exchange import Exchange
+from distdl.engines.shards import pieces_of
 from distdl.engines.slabs import Bucket, Slab
+from distdl.pieces import Piece
 
 
 def assign(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -42,7 +44,7 @@ class Shards:
         ranks = assign([p.numel() for _, p in self._names], world.size)
         self.owner: dict[Parameter, int] = {p: r for (_, p), r in zip(self._names, ranks, strict=True)}
         self.owned = [p for p, rank in self.owner.items() if rank == world.rank]
-        self._mine = {name for name, p in self._names if self.owner[p] == world.rank}
+        self.names = {name for name, p in self._names if self.owner[p] == world.rank}
 
     def drop_others(self) -> None:
         """Take away the gradients of parameters that other ranks update: an optimiser passes those by, and
@@ -76,32 +78,12 @@ class Shards:
                 if self.owner[parameter] != self._world.rank:
                     parameter.copy_(view)
 
-    def gather_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Collective; blocks. The state with every rank's ``optim/<slot>/<name>``, the same on all ranks.
+    def pieces_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+        """A state as this rank holds it: what the optimiser keeps of a parameter, no other rank has.
 
-        What others keep comes to the CPU, a tensor at a time: the device may have no room for all of it.
+        Pieces are in row-major order: what is in channels_last is copied.
         """
-        held = {k: t for k, t in tensors.items() if k.startswith("optim/")}
-        whole = {k: t for k, t in tensors.items() if k not in held}
-        told = self._world.gather(
-            [[k, list(t.shape), str(t.dtype).removeprefix("torch."), t.device.type] for k, t in held.items()]
-        )
-        device = self._names[0][1].device
-        for rank, listed in enumerate(told):
-            for name, shape, dtype, kind in listed:
-                if rank == self._world.rank:
-                    whole[name] = held[name]
-                    dist.broadcast(held[name].contiguous(), rank)
-                else:
-                    place = torch.device("cpu") if kind == "cpu" else device
-                    received = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
-                    dist.broadcast(received, rank)
-                    whole[name] = received.cpu()
-        return whole
-
-    def only_mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state without the optimiser's tensors of parameters that other ranks update."""
-        others = {name for name, _ in self._names} - self._mine
         return {
-            k: t for k, t in tensors.items() if not k.startswith("optim/") or k.split("/", 2)[2] not in others
+            name: Piece(p.data.reshape(-1), p.shape, 0) if name.startswith("optim/") else p
+            for name, p in pieces_of(tensors).items()
         }

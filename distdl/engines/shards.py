@@ -1,20 +1,21 @@
-"""Between whole tensors and the shards of them that a rank holds."""
+"""Between whole tensors and what a rank holds of them: `Piece`s, which are read from a `Saved` in place."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from distdl.errors import EngineError
+from distdl.pieces import Piece, Saved
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this rank holds, in the same memory; a tensor that is not sharded itself."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Collective for a sharded tensor: the whole of it, on the CPU. Any other comes back as it is."""
-    return tensor.full_tensor().detach().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_of(part: Tensor, like: Tensor) -> Tensor:
@@ -26,21 +27,47 @@ def shard_of(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def cut(value: Tensor, like: Tensor) -> Tensor:
-    """The shard of the whole tensor `value` that this rank holds of `like`, a view. No communication.
+def piece_of(tensor: Tensor) -> Piece | None:
+    """What this rank holds of `tensor`, in the same memory; None where its shard is empty. No communication.
 
-    Where `like` is not sharded, or has another shape, `value` itself.
+    Raises EngineError where a shard is not one run of the whole.
     """
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    part = value
-    for axis, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            # Cut as FSDP does: equal pieces but for the last, so that small tensors may have none left.
-            pieces = part.chunk(like.device_mesh.size(axis), placement.dim)
-            mine = like.device_mesh.get_local_rank(axis)
-            part = pieces[mine] if mine < len(pieces) else part.narrow(placement.dim, 0, 0)
-    return shard_of(part.to(like.device), like)
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor.detach(), shape)
+    cuts = [(axis, p) for axis, p in enumerate(tensor.placements) if not isinstance(p, Replicate)]
+    if not cuts:
+        return Piece(local(tensor), shape)
+    (axis, placement), *more = cuts
+    if more or type(placement) is not Shard or placement.dim != 0:
+        raise EngineError(
+            f"a tensor of shape {shape} is laid out as {tensor.placements}, and what a rank holds of it is "
+            "not one run of its elements: shard along dimension 0, over one dimension of the device mesh"
+        )
+    # Rows are cut as torch.chunk cuts: equal pieces but for the last, so that the last ranks may have none.
+    rows = -(-shape[0] // tensor.device_mesh.size(axis))
+    first = min(rows * tensor.device_mesh.get_local_rank(axis), shape[0])
+    data = local(tensor).view(-1)
+    return Piece(data, shape, first * math.prod(shape[1:])) if data.numel() else None
+
+
+def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """`piece_of` each, by its name; without those of which this rank holds nothing."""
+    found = {name: piece_of(tensor) for name, tensor in tensors.items()}
+    return {name: piece for name, piece in found.items() if piece is not None}
+
+
+@torch.no_grad()
+def fill(pieces: Mapping[str, Piece], saved: Saved) -> None:
+    """Overwrite each piece in place, with what `saved` has of its name, a tensor or run at a time. Local.
+
+    Shapes have been compared. Raises CheckpointError where something cannot be read.
+    """
+    for name, piece in pieces.items():
+        if piece.begin is None:
+            piece.data.copy_(saved.whole(name))
+        else:
+            piece.data.copy_(saved.run(name, piece.begin, piece.begin + piece.data.numel()))
 
 
 def squared_norm(parts: list[Tensor], device: torch.device) -> Tensor:

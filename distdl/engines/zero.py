@@ -31,8 +31,10 @@ from distdl.engines.optim import build_optimizer, clip_factor, freeze
 from distdl.engines.precision import Precision
 from distdl.engines.recompute import recompute_blocks
 from distdl.engines.zero_library import load_deepspeed, start
-from distdl.engines.zero_state import State, state_for
-from distdl.errors import EngineError, Incompatible
+from distdl.engines.zero_stages import state_for
+from distdl.engines.zero_state import State
+from distdl.errors import EngineError
+from distdl.pieces import Piece, Saved
 from distdl.zero_config import GROUP, deepspeed_config
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ class ZeroEngine:
         if not self._stage:
             self._layout.take(model)
         self._state = state_for(self._stage, model, self._optimizer, self._engine, before)
-        self._average = WeightAverage(self._recipe.train.ema_decay, self._state.weights)
+        self._average = WeightAverage(
+            self._recipe.train.ema_decay, self._state.weights, self._state.shapes, self._state.pieces
+        )
         touched = self._recipe.hardware.unused_parameters and self._stage == 1
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._touched = trainable if touched else []
@@ -130,23 +134,18 @@ class ZeroEngine:
         finally:
             self.module.train()
 
-    def tensors(self) -> dict[str, Tensor]:
-        averages = self._state.whole(self._average.averages)
-        return (
-            self._state.tensors()
-            | {f"ema/{name}": t for name, t in averages.items()}
-            | self._precision.tensors()
-        )
+    def held(self) -> dict[str, Piece]:
+        return self._state.held() | self._average.held() | self._precision.held()
 
-    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
-        self._state.load_model(averaged(tensors) if self._recipe.train.ema_decay is not None else tensors)
+    def load_model(self, saved: Saved) -> None:
+        self._state.load_model(averaged(saved) if self._recipe.train.ema_decay is not None else saved)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self._state.check(tensors)
-        averages = self._averages_of(tensors)
-        self._precision.load(tensors)
-        self._state.load(tensors)
-        self._average.load({f"ema/{name}": self._state.held(name, t) for name, t in averages.items()})
+    def load(self, saved: Saved) -> None:
+        self._average.check(saved.metas)
+        self._precision.check(saved)
+        self._state.load(saved)
+        self._precision.load(saved)
+        self._average.load(saved)
 
     def _step_sharded(self) -> float:
         """DeepSpeed unscales, finds the norm, skips what is not finite, clips, updates and gathers."""
@@ -176,19 +175,6 @@ class ZeroEngine:
             yield
         # Collective at stage 3: not while one rank's error unwinds.
         self._state.weights_changed()
-
-    def _averages_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averages of a state by name; the weights where it has none. Raises Incompatible."""
-        found = {}
-        for name in self._average.averages:
-            value = tensors.get(f"ema/{name}", tensors[f"model/{name}"])
-            if tuple(value.shape) != self._state.shapes[name]:
-                raise Incompatible(
-                    f"ema/{name} is {tuple(value.shape)} in the checkpoint, "
-                    f"{self._state.shapes[name]} in the model"
-                )
-            found[name] = value
-        return found
 
     def _cast_inside(self, model: nn.Module) -> None:
         """DeepSpeed's forward turns an autocast around it off (on CUDA): turn it on again inside.

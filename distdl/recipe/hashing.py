@@ -17,10 +17,13 @@ def mathematics(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that fixes what is computed, as JSON types with every default written out.
 
     Left out: where and how it runs, `data.path` and the names in `data.mixture`: where the data lie is not
-    mathematics (a checkpoint records the fingerprint of the data themselves).
+    mathematics (a checkpoint records the fingerprint of the data themselves). Left out too is an `init` that
+    names nothing to begin with.
     """
     exclude: dict[str, Any] = dict.fromkeys(NOT_MATHEMATICS, True)
     exclude["data"] = {"path"}
+    if recipe.init.from_ is None:
+        exclude["init"] = True
     result: dict[str, Any] = _positive_zeros(recipe.model_dump(mode="json", by_alias=True, exclude=exclude))
     if recipe.data.mixture is not None:
         result["data"]["mixture"] = list(recipe.data.mixture.values())

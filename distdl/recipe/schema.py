@@ -1,6 +1,6 @@
 """The recipe: what a run computes, and where and how it runs. Every key, its type, range and default.
 
-The sections task, model, data, batch, optim, schedule, train and eval are the mathematics of a run. The
+The sections task, model, init, data, batch, optim, schedule, train and eval are the mathematics of a run. The
 others (hardware, launch, checkpoint, run, track) decide only where and how fast it runs, and may change at
 any restart. Questions that need more than one section, or the machine, are settled in `distdl.plan`.
 """
@@ -95,6 +95,28 @@ class Data(Section):
             raise problem("a mixture is always shuffled; leave out shuffle: false")
         if self.epoch_rows is not None and self.mixture is None:
             raise problem("epoch_rows is for a mixture; an epoch of one dataset is each of its samples once")
+        return self
+
+
+class Init(Section):
+    """Weights to begin with, in a run that has no checkpoint to go on from. Null: the model's own."""
+
+    from_: Text | None = Field(
+        None, alias="from", description="A checkpoint, a run directory, or a safetensors file."
+    )
+    strict: bool = Field(True, description="Every tensor of both has to find its match, or be ignored.")
+    ignore: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        (), description="Tensors left as the model has them; * stands for any text."
+    )
+    map: dict[Text, Text] = Field(
+        {}, description="Names there to names in the model; each * of the new is what that of the old was."
+    )
+
+    @model_validator(mode="after")
+    def _stars_agree(self) -> Init:
+        for old, new in self.map.items():
+            if new.count("*") > old.count("*"):
+                raise problem(f"map {old!r}: {new!r} has more * than the name that says what they are")
         return self
 
 
@@ -206,6 +228,24 @@ class Checkpoint(_Every):
     """When to save. With both periods null, only at the end and on request."""
 
     keep: Count = Field(3, description="Newest checkpoints that are kept.")
+    keep_best: Natural = Field(
+        0,
+        description="So many of the best by eval.metric are kept too, of those evaluated at their own step.",
+    )
+    keep_every_steps: Count | None = Field(None, description="Steps divisible by it are kept too.")
+    keep_every_s: Positive | None = Field(
+        None, description="Kept too: from the oldest on, one in each so many seconds."
+    )
+    dir: Text | None = Field(
+        None,
+        description="Where checkpoints go: a folder, or a URL of an object store. Null: the run directory.",
+    )
+    asynchronous: bool = Field(
+        True, description="Write in the background, from a copy in memory, while training goes on."
+    )
+    replicas: Literal["none", "node"] = Field(
+        "none", description="node: the last snapshot is also kept in the memory of a neighbouring node."
+    )
 
 
 class Run(Section):
@@ -225,6 +265,7 @@ class Recipe(Section):
 
     task: Task = Field(description="What is learnt: loss and metrics.")
     model: Model = Field(description="The network.")
+    init: Init = Field(default_factory=Init, description="Weights to begin with.")
     data: Data = Field(description="What it learns from.")
     batch: Batch = Field(description="Samples of one step.")
     optim: Optim = Field(description="The optimiser.")

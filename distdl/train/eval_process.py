@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-from torch import Tensor
 
 from distdl import errors
-from distdl.checkpoint.read import find_latest, load_tensors, verify
+from distdl.checkpoint.folders import Place, shown
+from distdl.checkpoint.open import open_checkpoint
+from distdl.checkpoint.read import find_latest, verify
 from distdl.comm import World, together
 from distdl.comm.world import leave
 from distdl.data import Rows
@@ -25,6 +24,7 @@ from distdl.record import RunDirectory
 from distdl.tasks import Task
 from distdl.topology import Topology
 from distdl.train.evaluate import evaluate
+from distdl.train.resume import reading_alone
 from distdl.train.setup import build, enter_world, prepare_data
 
 
@@ -39,7 +39,7 @@ class Evaluation:
     eval_rows: Rows
 
 
-def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: Path | None, *, as_json: bool) -> int:
+def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: str | None, *, as_json: bool) -> int:
     """Evaluate as one rank; all ranks call it. Rank 0 prints the metrics. Returns the exit code."""
     try:
         path, plan, metrics = _evaluate(recipe, topology, checkpoint)
@@ -58,17 +58,20 @@ def evaluate_process(recipe: Recipe, topology: Topology, checkpoint: Path | None
 
 
 def _evaluate(
-    recipe: Recipe, topology: Topology, checkpoint: Path | None
-) -> tuple[Path, Plan, dict[str, float]]:
+    recipe: Recipe, topology: Topology, checkpoint: str | None
+) -> tuple[str, Plan, dict[str, float]]:
     # A function of its own, so that the engine is gone before the process group is left: its last reference
     # to the group must not be dropped while the group's thread still waits for the interpreter's lock.
     world, plan, _ = enter_world(recipe, topology)
     chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
-    path = Path(world.from_main(chosen))
+    path = world.from_main(chosen)
     feed = prepare_data(recipe, world, access_of(recipe))
     task, engine = build(recipe, plan, world, topology, feed.info)
-    # Reading may fail on one rank; what the engine refuses, it refuses on every rank, and it communicates.
-    engine.load_model(together(world, lambda: _read(path)))
+    # Rank 0 reads every byte of it for all.
+    together(world, lambda: verify(path) if world.is_main else None)
+    saved = together(world, lambda: open_checkpoint(path))
+    with reading_alone():
+        engine.load_model(saved)
     rows = together(world, lambda: feed.rows(recipe.data.eval_split))
     try:
         return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
@@ -76,15 +79,11 @@ def _evaluate(
         close(rows)
 
 
-def _newest(recipe: Recipe) -> Path:
+def _newest(recipe: Recipe) -> Place:
     checkpoints = RunDirectory.of(recipe).checkpoints
     found = find_latest(checkpoints)
     if found.path is None:
         raise CheckpointError(
-            f"there is no checkpoint in {checkpoints}; train first, or give --checkpoint PATH"
+            f"there is no checkpoint in {shown(checkpoints)}; train first, or give --checkpoint PATH"
         )
     return found.path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return load_tensors(path, verify(path), lambda name: name.startswith(("model/", "ema/")))

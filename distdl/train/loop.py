@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from distdl import errors
-from distdl.checkpoint.write import save
 from distdl.comm.together import alone
 from distdl.engines import Applied
 from distdl.keys import seed_everything
@@ -19,6 +18,7 @@ from distdl.tasks import Batch, Task
 from distdl.testing.faults import point
 from distdl.train.evaluate import evaluate, exact_sum
 from distdl.train.fusing import joined, passes_of
+from distdl.train.saving import begin_save, commit, settle
 from distdl.train.schedule import learning_rate
 from distdl.train.session import Session, StepBatch
 
@@ -39,12 +39,15 @@ def fit(s: Session) -> int:
         batch = s.next_batch()
         if batch is None:
             return stop_here(s)
+        if batch.all_written:
+            commit(s)
         train_step(s, batch)
 
 
 def finish(s: Session) -> int:
     """The end of the run: all steps done, or early stopping satisfied."""
     flush_row(s)
+    settle(s)
     s.beat("finished")
     if s.state.step < s.plan.total_steps:
         s.console.say(
@@ -176,13 +179,7 @@ def evaluate_and_note(s: Session) -> bool:
 def write_checkpoint(s: Session) -> None:
     """Collective. Save at this boundary; the metrics of the step are written before it can be resumed."""
     flush_row(s)
-    s.beat("saving")
-    begin = time.perf_counter()
-    path = save(s.directory.checkpoints, s.engine.tensors(), s.facts(), s.world, s.recipe.checkpoint.keep)
-    s.saved_step = s.state.step
-    took = time.perf_counter() - begin
-    s.event("save", path=path.name, seconds=round(took, 4))
-    s.not_training(took)
+    begin_save(s)
 
 
 def stop_here(s: Session) -> int:
@@ -196,6 +193,7 @@ def stop_here(s: Session) -> int:
         return errors.STOPPED_BEFORE_START
     if s.saved_step != s.state.step:
         write_checkpoint(s)
+    settle(s)
     s.event("stop", signal=name, asked_of_rank=rank, saved=s.saved_step)
     s.console.say(f"stopped on request at step {s.state.step}, everything saved; start again to go on")
     return errors.STOPPED

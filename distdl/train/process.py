@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from distdl import errors
-from distdl.checkpoint.retention import clean_temporary
+from distdl.checkpoint.folders import name_of, shown
+from distdl.checkpoint.store import store_at
 from distdl.comm import PeerFailed, together
 from distdl.comm.world import leave
 from distdl.data.feed import access_of
@@ -26,6 +27,7 @@ from distdl.topology import Topology
 from distdl.train.loop import fit
 from distdl.train.notices import Notices
 from distdl.train.resume import Resumed
+from distdl.train.saving import settle_after
 from distdl.train.session import Session
 from distdl.train.setup import Opening, enter_world, open_session
 from distdl.train.stop import StopFlag, code_of_a_stop
@@ -111,9 +113,9 @@ def _run(s: Session, resumed: Resumed) -> int:
         s.console.say(f"damaged checkpoint passed over: {name}: {reason}")
         s.event("damaged_checkpoint", path=name, reason=reason)
     already = s.finished and not s.evaluation_due
-    s.event("start", world_size=s.world.size, resumed_from=resumed.path and resumed.path.name)
+    s.event("start", world_size=s.world.size, resumed_from=resumed.path and name_of(resumed.path))
     if resumed.path:
-        s.console.say(f"{'finished already' if already else 'resuming'}: {resumed.path}")
+        s.console.say(f"{'finished already' if already else 'resuming'}: {shown(resumed.path)}")
     if resumed.changed:
         s.console.say(
             f"the recipe changed; going on at step {s.state.step}, which is sample "
@@ -128,7 +130,7 @@ def _run(s: Session, resumed: Resumed) -> int:
         )
         s.event("arithmetic_changed", changes=list(resumed.arithmetic))
     try:
-        code = fit(s)
+        code = _fit(s)
         if code == errors.DONE and not already:
             s.event("done", **s.results())
     finally:
@@ -138,11 +140,23 @@ def _run(s: Session, resumed: Resumed) -> int:
     return code
 
 
+def _fit(s: Session) -> int:
+    problem: DistdlError | None = None
+    try:
+        return fit(s)
+    except PeerFailed:
+        raise  # the rank that crashed takes part in nothing any more
+    except DistdlError as error:
+        problem = error
+    settle_after(s)
+    raise problem
+
+
 def _open_directory(directory: RunDirectory, options: Options) -> tuple[Path, IO[str] | None]:
     """Rank 0: the folder of this attempt, and the lock on the run where no launcher holds it."""
     directory.create()
     lock = None if options.locked else directory.lock()
-    clean_temporary(directory.checkpoints)
+    store_at(directory.checkpoints).sweep()
     return options.attempt or directory.new_attempt(), lock
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from distdl.checkpoint.find import find_and_verify
+from distdl.checkpoint.folders import Place, name_of, shown
 from distdl.checkpoint.manifest import Manifest
-from distdl.checkpoint.read import find_latest, load_tensors, read_manifest
+from distdl.checkpoint.open import Checkpoint, open_checkpoint
+from distdl.checkpoint.store import Store
 from distdl.comm import World, together
 from distdl.engines import Engine
-from distdl.errors import Incompatible
+from distdl.errors import CheckpointError, Incompatible
 from distdl.recipe import differences
 from distdl.train.arithmetic import what_differs
 from distdl.train.state import TrainState
@@ -35,45 +36,63 @@ class Resumed:
     """The state to go on from, where it came from (None: a fresh start), and what was passed over."""
 
     state: TrainState
-    path: Path | None
+    path: Place | None
     damaged: list[tuple[str, str]]
     changed: tuple[str, ...] = ()
     arithmetic: tuple[str, ...] = ()
     """In what way the processor, its libraries or threads are others than those it was saved with."""
 
 
-def resume(
-    checkpoints: Path, world: World, engine: Engine, identity: Identity, *, allow_changed: bool
-) -> Resumed:
+def resume(store: Store, world: World, engine: Engine, identity: Identity, *, allow_changed: bool) -> Resumed:
     """Collective. Find, check and load the newest valid checkpoint; everything is validated before the
     model is touched.
 
     Raises CheckpointError where there are checkpoints and none is valid, Incompatible for one of another
     recipe, other data or another model, on all ranks together.
     """
-    found = together(world, lambda: _find(checkpoints) if world.is_main else None)
-    told = world.from_main(found)
-    damaged = [(name, reason) for name, reason in told["damaged"]]
-    if told["name"] is None:
+    found = find_and_verify(store, world)
+    damaged = [(name_of(path), reason) for path, reason in found.damaged]
+    path = found.path
+    if path is None:
         return Resumed(TrainState(), None, damaged)
-    path = checkpoints / told["name"]
 
-    def read() -> tuple[Manifest, list[str], dict[str, Tensor]]:
-        manifest = read_manifest(path)
-        changed = what_changed(manifest, identity)
+    def check() -> tuple[Checkpoint, list[str], TrainState]:
+        saved = open_checkpoint(path)
+        changed = what_changed(saved.manifest, identity)
         if changed and not allow_changed:
             listed = "\n  ".join(changed)
             raise Incompatible(
-                f"{path} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
+                f"{shown(path)} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
                 "Choose another run.dir, undo the change, or continue with --allow-changed"
             )
-        return manifest, changed, load_tensors(path, manifest)
+        return saved, changed, _state(saved.manifest)
 
-    manifest, changed, tensors = together(world, read)
-    # An engine may communicate here. What it refuses, it refuses on every rank by itself.
-    engine.load(tensors)
-    arithmetic = what_differs(manifest.versions, identity.arithmetic)
-    return Resumed(TrainState(**manifest.train_state), path, damaged, tuple(changed), tuple(arithmetic))
+    saved, changed, state = together(world, check)
+    with reading_alone():
+        engine.load(saved)
+    arithmetic = what_differs(saved.manifest.versions, identity.arithmetic)
+    return Resumed(state, path, damaged, tuple(changed), tuple(arithmetic))
+
+
+@contextmanager
+def reading_alone() -> Iterator[None]:
+    """Local. Around an engine's load, which may communicate: what this rank cannot read crashes it.
+
+    Incompatible stays what it is: an engine refuses on every rank by itself.
+    """
+    try:
+        yield
+    except Incompatible:
+        raise
+    except CheckpointError as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _state(manifest: Manifest) -> TrainState:
+    try:
+        return TrainState(**manifest.train_state)
+    except TypeError as error:
+        raise Incompatible(f"train_state of step {manifest.step} is of another distdl: {error}") from error
 
 
 def what_changed(manifest: Manifest, identity: Identity) -> list[str]:
@@ -82,11 +101,3 @@ def what_changed(manifest: Manifest, identity: Identity) -> list[str]:
     if manifest.data_fingerprint != identity.data_fingerprint:
         changed.append(f"the data themselves: {manifest.data_fingerprint} -> {identity.data_fingerprint}")
     return changed
-
-
-def _find(checkpoints: Path) -> dict[str, Any]:
-    found = find_latest(checkpoints)
-    return {
-        "name": found.path.name if found.path else None,
-        "damaged": [(path.name, reason) for path, reason in found.damaged],
-    }

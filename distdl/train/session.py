@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distdl.checkpoint.manifest import Facts
+from distdl.checkpoint.write import Saver
 from distdl.comm import World, share_problem
 from distdl.data import Rows
 from distdl.data.table.rows import close
@@ -29,11 +30,13 @@ class StepBatch:
     """This rank's microbatches of a step, and the count of the whole step over all ranks.
 
     `apart`: on some rank they cannot be joined, and the engine needs equally many passes on all.
+    `all_written`: what is being saved is written on all ranks, so that it can be committed.
     """
 
     micros: list[Micro]
     total: int
     apart: bool = False
+    all_written: bool = False
 
 
 @dataclass
@@ -53,8 +56,12 @@ class Session:
     batches: Batches
     eval_rows: Rows
     identity: Identity
+    saver: Saver
     fusing: Fusing = field(default_factory=Fusing)
     saved_step: int | None = None
+    """The last step whose save has begun, or that was resumed from."""
+    stall_s: float = 0.0
+    """How long training has waited for the save that began last."""
     resumed_step: int | None = None
     row: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -102,12 +109,20 @@ class Session:
             train_state=self.state.as_dict(),
             engine=self.plan.engine,
             versions=self.identity.arithmetic,
+            metric=self._metric_here(),
         )
+
+    def _metric_here(self) -> dict[str, Any] | None:
+        """The evaluation at this very step, where there was one."""
+        name = self.recipe.eval.metric
+        if self.state.evaluated_step != self.state.step or name not in self.metrics:
+            return None
+        return {"name": name, "value": float(self.metrics[name]), "mode": self.recipe.eval.mode}
 
     def next_batch(self) -> StepBatch | None:
         """Collective, the step boundary: this step's microbatches, or None where any rank was told to stop.
 
-        One small all-reduce carries the count, the stop flag and the error flag together. A rank whose data
+        One small all-reduce carries the count, the flags and the vote on a save together. A rank whose data
         failed fails all of them here, with its cause.
         """
         problem: Exception | None = None
@@ -120,16 +135,17 @@ class Session:
             problem = error
         mine = sum(m.count for m in micros if m.weight)
         apart = problem is None and keeps_apart(self, micros)
-        flags = [self.stop.requested, problem is not None, apart]
-        total, stop, failed, apart_any = self.world.sum_ints([mine, *map(int, flags)])
+        flags = [self.stop.requested, problem is not None, apart, self.saver.written()]
+        total, stop, failed, apart_any, written = self.world.sum_ints([mine, *map(int, flags)])
         if failed:
             share_problem(self.world, problem)
-        return None if stop else StepBatch(micros, total, apart_any > 0)
+        return None if stop else StepBatch(micros, total, apart_any > 0, written == self.world.size)
 
     def close(self) -> None:
         """End what runs in the background. May be called again."""
         self.console.close()
         self.batches.close()
+        self.saver.close()
         close(self.eval_rows)
 
     def stop_agreed(self) -> bool:

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from distdl import __version__
+from distdl.checkpoint.read import step_directories
+from distdl.checkpoint.store import store_at
 from distdl.comm import World, share_problem, together
 from distdl.comm.together import alone
 from distdl.comm.world import meet
@@ -37,9 +39,11 @@ from distdl.train.batches import Batches
 from distdl.train.evaluate import fetch, measure
 from distdl.train.notices import Notices
 from distdl.train.resume import Identity, Resumed, resume
+from distdl.train.saving import saver_of
 from distdl.train.session import Session, evaluation_due
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
+from distdl.train.warm_start import WarmStart, warm_start
 
 if TYPE_CHECKING:
     from distdl.data.stream.remote_rows import Access
@@ -69,11 +73,14 @@ def open_session(
     recipe, plan, world = o.recipe, o.plan, o.world
     access = access_of(recipe, o.notices, lambda: o.stop.requested)
     feed = prepare_data(recipe, world, access)
-    task, engine = build(recipe, plan, world, o.topology, feed.info)
+    start = warm_start(recipe.init, world, lambda: not step_directories(o.directory.checkpoints))
+    task, engine = build(recipe, plan, world, o.topology, feed.info, start)
+    if start is not None:
+        announce(o, start)
     identity = Identity(
         recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
     )
-    resumed = resume(o.directory.checkpoints, world, engine, identity, allow_changed=allow_changed)
+    resumed = resume(store_at(o.directory.checkpoints), world, engine, identity, allow_changed=allow_changed)
     begun = together(world, lambda: _begin(o, resumed) if world.is_main else None)
     row, heartbeat = begun if begun else ({}, None)
     take_evaluation(o, resumed.state, world.from_main(row))
@@ -94,6 +101,7 @@ def open_session(
         batches=batches,
         eval_rows=eval_rows,
         identity=identity,
+        saver=saver_of(recipe, o.directory.checkpoints, world),
         saved_step=resumed.state.step if resumed.path else None,
         resumed_step=resumed.state.step if resumed.path else None,
         row=row,
@@ -148,15 +156,22 @@ def open_data(o: Opening, feed: Feed, task: Task) -> tuple[Batches, Rows]:
 
 
 def build(
-    recipe: Recipe, plan: Plan, world: World, topology: Topology, info: DataInfo
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    topology: Topology,
+    info: DataInfo,
+    start: WarmStart | None = None,
 ) -> tuple[Task, Engine]:
-    """Collective. The task, and the engine with a model initialised from (seed, "init"): the same on every
-    rank.
+    """Collective. The task, and the engine with a model initialised from (seed, "init"), then from `start`:
+    the same on every rank.
 
     What a machine may lack is looked for first, and is raised on all ranks together. `Engine.setup`
     communicates: what it refuses, it refuses on every rank by itself.
     """
     task, engine, model = together(world, lambda: _make(recipe, plan, world, topology, info))
+    if start is not None:
+        together(world, lambda: start(model))
     engine.setup(model)
     return task, engine
 
@@ -177,6 +192,14 @@ def _make(
     if lazy:
         raise RecipeError(f"the model's parameters {', '.join(lazy[:8])} have no shape yet: give the sizes")
     return task, engine, model
+
+
+def announce(o: Opening, start: WarmStart) -> None:
+    """Rank 0 says, and writes down, which weights the run begins with and which were left out."""
+    if o.world.is_main:
+        for line in start.lines():
+            o.notices.say(line)
+        o.directory.event("warm_start", rank=0, **start.facts())
 
 
 def take_evaluation(o: Opening, state: TrainState, row: dict[str, Any]) -> None:
@@ -212,8 +235,12 @@ def _begin(o: Opening, resumed: Resumed) -> tuple[dict[str, Any], Heartbeat]:
 
 def _from_anywhere(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths: the copy in the run directory means the same from any folder."""
-    run = recipe.run.model_copy(update={"dir": str(RunDirectory.of(recipe).path.absolute())})
-    return recipe.model_copy(update={"run": run, "data": from_anywhere(recipe.data)})
+    directory, kept = RunDirectory.of(recipe), recipe.checkpoint
+    run = recipe.run.model_copy(update={"dir": str(directory.path.absolute())})
+    if kept.dir is not None and isinstance(directory.checkpoints, Path):
+        kept = kept.model_copy(update={"dir": str(directory.checkpoints.absolute())})
+    data = from_anywhere(recipe.data)
+    return recipe.model_copy(update={"run": run, "data": data, "checkpoint": kept})
 
 
 def environment() -> dict[str, Any]:

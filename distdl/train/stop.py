@@ -7,8 +7,7 @@ import signal
 from types import FrameType
 
 from distdl import errors
-from distdl.checkpoint.manifest import MANIFEST
-from distdl.checkpoint.read import step_directories
+from distdl.checkpoint.read import has_manifest, step_directories
 from distdl.record import RunDirectory
 
 # Under nohup a hang-up is ignored, and stays so.
@@ -48,5 +47,5 @@ class StopFlag:
 
 def code_of_a_stop(directory: RunDirectory) -> int:
     """The exit code of a run that is stopped while no worker trains: whether anything is saved decides."""
-    saved = any((p / MANIFEST).exists() for p in step_directories(directory.checkpoints))
+    saved = any(has_manifest(place) for place in step_directories(directory.checkpoints))
     return errors.STOPPED if saved else errors.STOPPED_BEFORE_START

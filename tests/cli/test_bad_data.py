@@ -21,7 +21,7 @@ from distdl import errors
 from distdl.cli import commands
 from distdl.data.index import Index, read_index
 from tests.cli.test_bad_input import distdl
-from tests.faults.test_save_faults import small_disk
+from tests.faults.mounts import small_disk
 from tests.multiprocess.sequences import VOCABULARY, make, sequences, write_source
 
 # A process for each case: a minute and a half in all.

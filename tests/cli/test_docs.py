@@ -262,14 +262,17 @@ def test_python_compiles(it: Block) -> None:
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the examples run: with the run directory that they speak of."""
     from distdl.checkpoint.manifest import Facts
-    from distdl.checkpoint.write import save
+    from distdl.checkpoint.retention import Keep
+    from distdl.checkpoint.store import store_at
+    from distdl.checkpoint.write import Saver
     from distdl.comm import World
     from distdl.models.cnn5 import Cnn5
+    from distdl.pieces import Piece
 
     folder = tmp_path_factory.mktemp("stage")
-    tensors = {f"model/{name}": t for name, t in Cnn5(1, 10).state_dict().items()}
+    held = {f"model/{name}": Piece(t, tuple(t.shape)) for name, t in Cnn5(1, 10).state_dict().items()}
     facts = Facts(400, "0" * 16, {}, "0" * 32, {"step": 400}, "ddp")
-    save(folder / "runs" / "fashion_cnn" / "checkpoints", tensors, facts, World(), keep=1)
+    Saver(store_at(folder / "runs" / "fashion_cnn" / "checkpoints"), World(), Keep(1)).save(held, facts)
     return folder
 
 

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from distdl.checkpoint.read import find_latest, load_tensors
+from distdl.checkpoint.folders import Place
+from distdl.checkpoint.open import open_checkpoint
+from distdl.checkpoint.read import find_latest
 from distdl.record import read_lines
 
 TAG = "DISTDL_TEST_TAG"
@@ -45,12 +48,17 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def tensors_of(run: Path) -> Any:
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     """The tensors of a run's newest checkpoint."""
-    found = find_latest(run / "checkpoints")
+    return tensors_at(run / "checkpoints")
+
+
+def tensors_at(place: Place) -> dict[str, torch.Tensor]:
+    """The tensors of the newest checkpoint in a folder or below a URL."""
+    found = find_latest(place)
     assert found.path is not None
-    assert found.manifest is not None
-    return load_tensors(found.path, found.manifest)
+    saved = open_checkpoint(found.path)
+    return {name: saved.whole(name) for name in saved.metas}
 
 
 class Launched:

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distdl import stores
 from distdl.data.index import Column, Index, Shard, Split, hash_file
 from distdl.data.prepare.writer import write_stream
-from distdl.data.stream import store
 from distdl.data.stream.fetcher import Fetcher
 from distdl.data.stream.remote_dataset import RemoteDataset
 from distdl.data.stream.retry import Missing, Patience
@@ -35,7 +35,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("DISTDL_CACHE", str(tmp_path / "cache"))
         # The address of the store is read when it is opened, and each test has another.
-        monkeypatch.setattr(store, "_stores", {})
+        monkeypatch.setattr(stores, "_stores", {})
         yield running
 
 
@@ -149,7 +149,7 @@ def test_a_server_that_stays_away_ends_in_an_error_that_names_the_shard(
 def test_a_server_that_hangs_is_waited_for(
     server: S3Server, prepared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "READ_S", 0.5)
+    monkeypatch.setattr(stores, "READ_S", 0.5)
     dataset = RemoteDataset.open(prepared)
     heard: list[str] = []
 
@@ -183,7 +183,7 @@ def test_wrong_credentials_are_named_at_once(
     server: S3Server, prepared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody-it-knows")
-    monkeypatch.setattr(store, "_stores", {})
+    monkeypatch.setattr(stores, "_stores", {})
     with pytest.raises(DataError, match="Check the credentials") as caught:
         RemoteDataset.open(prepared, patience=impatient(3600))
     assert "nobody-it-knows" not in str(caught.value)
@@ -226,7 +226,6 @@ def test_a_forked_process_has_connections_of_its_own(server: S3Server, prepared:
 _READER = """
 import json, sys
 import pyarrow as pa
-from distdl.data.stream import store
 from distdl.data.stream.fetcher import Fetcher
 from distdl.data.stream.remote_dataset import RemoteDataset
 

@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distdl import errors
+from distdl import errors, stores
 from distdl.data import ShardedDataset, loader
 from distdl.data.huggingface import class_label, feature_of, with_features
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
-from distdl.data.stream import store
 from distdl.record import read_lines
 from distdl.testing import assert_same_bits
 from tests.faults.support import Launched, events, tensors_of, wait_for_event, write_recipe
@@ -57,7 +56,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server
         for name, value in running.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("DISTDL_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(store, "_stores", {})
+        monkeypatch.setattr(stores, "_stores", {})
         yield running
 
 

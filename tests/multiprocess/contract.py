@@ -21,8 +21,10 @@ from distdl.engines import Engine, Group, Pass, build_engine
 from distdl.keys import key, seed_everything
 from distdl.models.cnn5 import Cnn5
 from distdl.models.lstm import Recurrent
+from distdl.pieces import InMemory
 from distdl.plan import DataInfo, Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.testing.whole import gather_whole
 from distdl.topology import Topology
 from distdl.train.schedule import learning_rate
 
@@ -224,6 +226,12 @@ class Driven:
     updates: int = 0
     ids: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Of each step, the sample ids of this rank's microbatches by their number; no repeats."""
+    loss: float = math.nan
+    """This rank's part of the loss of the last step."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take a state that `state` returned."""
+        self.engine.load(InMemory(state))
 
     def step(self, step: int, factor: float = 1.0) -> Any:
         """One step as `train.loop.train_step` makes it; `factor` multiplies the last rank's loss."""
@@ -233,17 +241,19 @@ class Driven:
         self.ids[f"ids/{step}"] = {m.number: rows for m, rows in zip(mine, ids, strict=True) if m.weight}
         count = sum(self.case.count(b) for b, m in zip(batches, mine, strict=True) if m.weight)
         total = self.world.sum_ints([count])[0]
+        self.loss = 0.0
         for i, (m, batch) in enumerate(zip(mine, batches, strict=True)):
             seed = key(SEED, "model", step, m.number)
             group = Group(m.number, self.case.count(batch), next(iter(batch.values())).shape[0], seed)
             seed_everything(seed)
             placed = self.engine.place(batch)
             scale = factor if self.world.rank == self.world.size - 1 else 1.0
-            self.engine.microstep(
+            loss_sum = self.engine.microstep(
                 lambda model, placed=placed, scale=scale: self.case.loss_sum(model, placed) * scale,
                 Pass((group,), m.weight, i == len(mine) - 1, sum(self.plan.counts(step))),
                 total,
             )
+            self.loss += m.weight * float(loss_sum) / total
         rate = learning_rate(self.recipe, self.plan, self.updates)
         applied = self.engine.apply(rate, self.plan.counts(step))
         self.updates += applied.updated
@@ -254,7 +264,8 @@ class Driven:
         return applied
 
     def state(self) -> dict[str, Tensor]:
-        return {n: t.detach().clone() for n, t in self.engine.tensors().items()}
+        """Collective. The whole state, a copy."""
+        return gather_whole(self.engine.held(), self.world)
 
 
 def drive(world: World, name: str, engine: dict[str, Any], train: dict[str, Any] | None = None) -> Driven:

@@ -16,6 +16,7 @@ from distdl.comm import World
 from distdl.engines import build_engine
 from distdl.engines.accelerate import accelerator, check_accelerator, check_configuration
 from distdl.errors import EngineError
+from distdl.pieces import InMemory
 from distdl.testing import assert_same_bits, run_world, worst
 from tests.multiprocess.test_fsdp import Driver, Small, recipe_of, trained
 
@@ -27,7 +28,7 @@ def twice(world: World, changes: dict[str, Any]) -> dict[str, Any]:
     before = dict(os.environ)
     first = trained(world, "images", "accelerate", changes)
     second = Driver(world, "images", "accelerate", **changes)
-    second.engine.load(first["state"])
+    second.engine.load(InMemory(first["state"]))
     assert_same_bits(second.state(), first["state"])
     from accelerate.state import is_initialized
 
@@ -103,6 +104,7 @@ CHECK = """
 import os
 from distdl.engines.accelerate import check_configuration
 from distdl.errors import EngineError
+from distdl.pieces import InMemory
 
 try:
     check_configuration(os.environ, "fp32", compiled=False)

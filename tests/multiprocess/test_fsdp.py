@@ -18,9 +18,11 @@ from distdl.comm import World
 from distdl.engines import Applied, Engine, Group, Pass, build_engine
 from distdl.errors import EngineError
 from distdl.keys import key, seed_everything
+from distdl.pieces import InMemory
 from distdl.plan import DataInfo, Field, Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.testing import assert_same_bits, run_world, worst
+from distdl.testing.whole import gather_whole
 from distdl.topology import Topology
 
 ADAMW = {"name": "adamw", "lr": 0.01, "clip_norm": 0.1}
@@ -188,7 +190,7 @@ class Driver:
         return applied
 
     def state(self) -> dict[str, Tensor]:
-        return {name: t.clone() for name, t in self.engine.tensors().items()}
+        return gather_whole(self.engine.held(), self.world)
 
 
 def loss_sum(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -226,10 +228,10 @@ def sharded(world: World, model: str, changes: dict[str, Any], nodes: int = 1) -
     trained = [p for p in parameters.values() if p.requires_grad]
     assert all(adam[p]["exp_avg"].to_local().shape == p.to_local().shape for p in trained)
     other = Driver(world, model, "ddp", **changes)
-    other.engine.load(state)
+    other.engine.load(InMemory(state))
     assert_same_bits(other.state(), state)
     driver.run(1)
-    driver.engine.load(other.state())
+    driver.engine.load(InMemory(other.state()))
     assert_same_bits(driver.state(), state)
     (spoilt,) = driver.run(1, spoil=float("nan"))
     assert not spoilt.updated

@@ -115,7 +115,7 @@ def unreadable(world: World, recipe: Recipe) -> str:
         raise Corrupt("a disk that is gone")
 
     if world.rank == 1:
-        resume.load_tensors = broken
+        resume.open_checkpoint = broken
     return refusal(world, recipe)
 
 

@@ -70,14 +70,14 @@ def everything(world: World, engine: str) -> dict[str, Any]:
     found["evaluated"] = evaluated(run)
     state = run.state()
     other = drive(world, "cnn_groupnorm", {"engine": "ddp"})
-    other.engine.load(state)
+    other.load(state)
     assert_same_bits(other.state(), state)
     other.updates = run.updates
     other.step(5)
     run.step(5)
     found["onward"] = worst(run.state(), other.state())
     back = other.state()
-    run.engine.load(back)
+    run.load(back)
     assert_same_bits(run.state(), back)
     run.step(6)
     other.step(6)
@@ -121,7 +121,7 @@ def half(world: World, engine: str) -> dict[str, Any]:
     ]
     overflow = [run.step(0, 1e37) for run in runs]
     norms = [run.step(1).grad_norm for run in runs]
-    scale = float(runs[0].engine.tensors()["scaler/scale"])
+    scale = float(runs[0].state()["scaler/scale"])
     states = [{n: t for n, t in run.state().items() if n.startswith("model/")} for run in runs]
     return {"overflow": overflow, "norms": norms, "scale": scale, "worst": worst(*states)}
 

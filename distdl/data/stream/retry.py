@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from distdl.errors import DataError, Stopped
+from distdl.stores import scrub
 
 __all__ = ["CutShort", "Missing", "Patience", "Stopped", "TooLong", "never", "reason", "scrub"]
 
@@ -33,9 +32,6 @@ _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, e
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, LookupError, MemoryError, ImportError)
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
 _PASSING_STATUS = {408, 409, 425, 429}
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY = re.compile(r"(?<=[\w/.])\?[^\s'\"]*=[^\s'\"]*")
 
 _log = logging.getLogger(__name__)
 
@@ -152,15 +148,6 @@ def _attempt(what: str, action: Callable[[], T]) -> T | _Failed:
     except Exception as error:
         _raise_if_final(what, error)
         return _Failed(error)
-
-
-def scrub(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`text` without user names and passwords in URLs, signed queries, and the secrets of the environment."""
-    text = _QUERY.sub("", _USERINFO.sub("", text))
-    for name in _SECRETS:
-        if len(secret := environ.get(name, "")) >= 8:
-            text = text.replace(secret, "***")
-    return text
 
 
 def reason(error: BaseException) -> str:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_support import read_all
+from safetensors.torch import load_file
 
 from distdl.checkpoint.manifest import MANIFEST
-from distdl.checkpoint.read import Found, find_latest, load_tensors, read_manifest, verify
+from distdl.checkpoint.open import open_checkpoint
+from distdl.checkpoint.read import Found, find_latest, read_manifest, verify
 from distdl.errors import CheckpointError, Corrupt, Incomplete
 
 SaveStep = Callable[..., Path]
@@ -81,8 +84,8 @@ def test_every_kind_of_tensor_comes_back_the_same(save_step: SaveStep) -> None:
     }
     path = save_step(7, tensors)
     manifest = verify(path)
-    loaded = load_tensors(path, manifest)
-    assert list(loaded) == list(tensors)
+    loaded = read_all(path)
+    assert sorted(loaded) == sorted(tensors)
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert not loaded[name].requires_grad
@@ -93,21 +96,34 @@ def test_every_kind_of_tensor_comes_back_the_same(save_step: SaveStep) -> None:
     assert read_manifest(path) == manifest
 
 
-def test_a_part_can_be_loaded_and_outlives_its_file(save_step: SaveStep) -> None:
+def test_what_was_read_outlives_its_file(save_step: SaveStep) -> None:
     path = save_step(7)
-    loaded = load_tensors(path, read_manifest(path), lambda name: name.endswith("/w"))
+    tensor = open_checkpoint(path).whole("model/w")
     (path / FILE).write_bytes(b"")
-    assert list(loaded) == ["model/w"]
-    assert torch.equal(loaded["model/w"], torch.full((5, 3), 7.0))
+    assert torch.equal(tensor, torch.full((5, 3), 7.0))
+
+
+def test_runs_of_a_tensor(save_step: SaveStep) -> None:
+    saved = open_checkpoint(save_step(7, {"model/w": torch.arange(12.0).reshape(3, 4)}))
+    assert saved.run("model/w", 3, 7).tolist() == [3, 4, 5, 6]
+    assert saved.run("model/w", 5, 5).tolist() == []
+    for begin, end in ((-1, 2), (3, 2), (0, 13)):
+        with pytest.raises(ValueError, match="which has 12 elements"):
+            saved.run("model/w", begin, end)
+
+
+def test_other_tools_read_the_files(save_step: SaveStep) -> None:
+    path = save_step(7)
+    assert torch.equal(load_file(path / FILE)["model/w"], torch.full((5, 3), 7.0))
 
 
 @pytest.mark.parametrize("update", [{"shape": [3, 5]}, {"dtype": "float64"}])
 def test_a_tensor_that_is_not_as_the_manifest_says(save_step: SaveStep, update: dict[str, object]) -> None:
     path = save_step(7)
-    manifest = read_manifest(path)
-    manifest.tensors["model/w"] = manifest.tensors["model/w"].model_copy(update=update)
+    saved = open_checkpoint(path)
+    saved.manifest.tensors["model/w"] = saved.manifest.tensors["model/w"].model_copy(update=update)
     with pytest.raises(Corrupt, match=r"model/w is float32 \[5, 3\], manifest says"):
-        load_tensors(path, manifest)
+        saved.whole("model/w")
 
 
 def test_no_checkpoints_at_all(tmp_path: Path) -> None:

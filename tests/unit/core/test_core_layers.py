@@ -22,7 +22,7 @@ LAYERS: dict[str, int] = {
     "errors": 0,
     **dict.fromkeys(("recipe", "topology", "keys", "imports", "lifeline"), 1),
     **dict.fromkeys(
-        ("plan", "memory", "zero_config", "capabilities", "comm", "record", "testing", "zero_config"), 2
+        ("plan", "memory", "zero_config", "capabilities", "comm", "pieces", "record", "stores", "testing"), 2
     ),
     **dict.fromkeys(("data", "models", "tasks", "engines", "checkpoint"), 3),
     **dict.fromkeys(("observe", "train", "launch"), 4),

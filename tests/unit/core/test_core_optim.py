@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distdl.engines.optim import build_optimizer, load_by_name, state_by_name
 from distdl.errors import Incompatible
+from distdl.pieces import InMemory
 
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAMW = {"name": "adamw", "lr": 0.1, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.02}
@@ -84,7 +85,7 @@ def test_a_state_comes_back_to_the_bit(optim: dict[str, Any]) -> None:
 
     other, other_optimizer = make(optim, seed=99)
     train(other, other_optimizer, 1)  # something to overwrite
-    load_by_name(other, other_optimizer, state)
+    load_by_name(other, other_optimizer, InMemory(state))
     loaded = state_by_name(other, other_optimizer)
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[n], state[n]) for n in state)
@@ -109,7 +110,7 @@ def test_loading_copies_and_the_state_does_not() -> None:
     assert state["model/last.weight"].data_ptr() == model.last.weight.data_ptr()
     kept = cloned(state)
     other, other_optimizer = make(SGD)
-    load_by_name(other, other_optimizer, kept)
+    load_by_name(other, other_optimizer, InMemory(kept))
     train(other, other_optimizer, 1)
     assert all(torch.equal(kept[n], state[n]) for n in kept)
 
@@ -121,7 +122,7 @@ def test_a_scalar_parameter_has_its_state_beside_it() -> None:
     state = cloned(state_by_name(model, optimizer))
     elsewhere = Net().to("meta")
     optimizer = build_optimizer(elsewhere, recipe_with(optim=ADAMW).optim)
-    load_by_name(elsewhere, optimizer, state)
+    load_by_name(elsewhere, optimizer, InMemory(state))
     slots = optimizer.state[elsewhere.scale]
     assert {name: t.device.type for name, t in slots.items()} == {
         "step": "cpu",
@@ -137,7 +138,7 @@ def test_another_optimiser_begins_afresh(before: dict[str, Any], after: dict[str
     train(model, optimizer, 2)
     state = cloned(state_by_name(model, optimizer))
     other, other_optimizer = make(after, seed=99)
-    load_by_name(other, other_optimizer, state)
+    load_by_name(other, other_optimizer, InMemory(state))
     assert all(torch.equal(t, state[f"model/{n}"]) for n, t in other.state_dict().items())
     fresh, fresh_optimizer = make(after)
     fresh.load_state_dict(other.state_dict())
@@ -185,7 +186,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_touched(
     train(other, other_optimizer, 1)
     before = cloned(state_by_name(other, other_optimizer))
     with pytest.raises(Incompatible) as caught:
-        load_by_name(other, other_optimizer, state)
+        load_by_name(other, other_optimizer, InMemory(state))
     assert all(text in str(caught.value) for text in says), str(caught.value)
     after = state_by_name(other, other_optimizer)
     assert after.keys() == before.keys()

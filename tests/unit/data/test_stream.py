@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from stream_support import FlakyStore, flip, ids_of, images, write_prepared
 
+from distdl import stores
 from distdl.data.index import read_index
-from distdl.data.stream import hub, store
+from distdl.data.stream import hub
 from distdl.data.stream.remote_dataset import RemoteDataset
 from distdl.data.stream.retry import Patience
 from distdl.data.table.arrow import ArrowTable
@@ -142,7 +143,7 @@ def _read_in_child(dataset: RemoteDataset, near: Path, answer: object) -> None:
 def test_a_forked_process_opens_the_store_for_itself(tmp_path: Path) -> None:
     write_parquet(tmp_path / "far")
     dataset = RemoteDataset.open(f"flaky://{tmp_path / 'far'}")
-    parents = dict(store._stores)
+    parents = dict(stores._stores)
     assert parents
     context = multiprocessing.get_context("fork")
     answer = context.SimpleQueue()
@@ -151,7 +152,7 @@ def test_a_forked_process_opens_the_store_for_itself(tmp_path: Path) -> None:
     assert answer.get() == list(range(150))
     child.join(30)
     assert child.exitcode == 0
-    assert store._stores == parents
+    assert stores._stores == parents
 
 
 # --- what is wrong ---
@@ -242,7 +243,7 @@ def test_urls_that_cannot_be_streamed_are_refused(url: str, words: str) -> None:
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr(store, "_stores", {})
+    monkeypatch.setattr(stores, "_stores", {})
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(DataError, match=r"pip install 'distdl\[s3\]'"):
         RemoteDataset.open("s3://bucket/a")

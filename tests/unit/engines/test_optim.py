@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distdl.engines.optim import build_optimizer, known_slots, load_by_name, state_by_name
 from distdl.engines.optimisers import Lamb, Lion
 from distdl.errors import Incompatible, PlanError, RecipeError
+from distdl.pieces import InMemory
 from distdl.plan import DataInfo, Field, make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.topology import Topology
@@ -132,7 +133,7 @@ def test_a_state_comes_back_to_the_bit(optim: dict[str, Any]) -> None:
     train(model, optimizer, 2, seed=6)
     other, other_optimizer = make(optim, seed=99)
     train(other, other_optimizer, 1)
-    load_by_name(other, other_optimizer, state)
+    load_by_name(other, other_optimizer, InMemory(state))
     loaded = state_by_name(other, other_optimizer)
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[n], state[n]) for n in state)
@@ -162,7 +163,7 @@ def test_another_optimiser_begins_afresh(before: dict[str, Any], after: dict[str
     model, optimizer = make(before)
     train(model, optimizer, 2)
     other, other_optimizer = make(after, seed=99)
-    load_by_name(other, other_optimizer, cloned(state_by_name(model, optimizer)))
+    load_by_name(other, other_optimizer, InMemory(cloned(state_by_name(model, optimizer))))
     assert not any(other_optimizer.state.values())
     train(other, other_optimizer, 1)
 
@@ -175,7 +176,7 @@ def test_state_of_other_shapes_is_refused() -> None:
     state["optim/col_var/first.weight"] = torch.ones(1, 4)
     state["optim/row_var/first.bias"] = torch.ones(1)
     with pytest.raises(Incompatible) as caught:
-        load_by_name(*make(ADAFACTOR), state)
+        load_by_name(*make(ADAFACTOR), InMemory(state))
     assert "col_var of first.weight: (1, 4) for a parameter of (4, 3)" in str(caught.value)
     assert "row_var of first.bias: (1,) for a parameter of (4,)" in str(caught.value)
 

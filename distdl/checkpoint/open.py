@@ -1,0 +1,118 @@
+"""`open_checkpoint`: the tensors of a checkpoint, in whatever pieces it was written, read when asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from distdl.checkpoint.dtypes import ITEMSIZE
+from distdl.checkpoint.folders import Folder, Place, folder_at
+from distdl.checkpoint.image import memory_of
+from distdl.checkpoint.manifest import Manifest, TensorEntry
+from distdl.checkpoint.read import naming, read_manifest
+from distdl.checkpoint.tensorfile import TensorFile, read_header
+from distdl.errors import Corrupt, Incomplete
+from distdl.pieces import Meta
+
+
+def open_checkpoint(place: Place) -> Checkpoint:
+    """Open a checkpoint, which `verify` or `find_and_verify` found sound: hashes are not computed again.
+
+    Reads the manifest alone. Local; needs no closing. Raises CheckpointError.
+    """
+    manifest = read_manifest(place)
+    with naming(place):
+        return Checkpoint(place, manifest, folder_at(place))
+
+
+class Checkpoint:
+    """`Saved` from the files of a checkpoint. Any number of threads may read."""
+
+    def __init__(self, path: Place, manifest: Manifest, folder: Folder) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.metas = {
+            name: Meta(getattr(torch, entry.dtype), tuple(entry.shape))
+            for name, entry in manifest.tensors.items()
+        }
+        self._folder = folder
+        self._limits = self._header_limits()
+        self._headers: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
+
+    def whole(self, name: str) -> Tensor:
+        """See `Saved`: on the CPU, in memory of its own. Raises KeyError, CheckpointError."""
+        meta = self.metas[name]
+        return self.run(name, 0, meta.numel).reshape(meta.shape)
+
+    def run(self, name: str, begin: int, end: int) -> Tensor:
+        """See `Saved`: on the CPU, in memory of its own. Raises KeyError, ValueError, CheckpointError."""
+        entry = self.manifest.tensors[name]
+        if not 0 <= begin <= end <= entry.numel:
+            raise ValueError(f"[{begin}, {end}) of {name}, which has {entry.numel} elements")
+        with naming(self.path):
+            # All offsets first: nothing is allocated for bytes that no file has.
+            parts = [
+                (file, self._offset(name, entry, file, first, last) + _bytes(entry, lo - first), lo, hi)
+                for file, first, last in entry.pieces
+                if (lo := max(begin, first)) < (hi := min(end, last))
+            ]
+            target = torch.empty(end - begin, dtype=self.metas[name].dtype)
+            memory = memory_of(target)
+            for file, offset, lo, hi in parts:
+                self._read(file, memory[_bytes(entry, lo - begin) : _bytes(entry, hi - begin)], offset)
+        return target
+
+    def _offset(self, name: str, entry: TensorEntry, file: str, begin: int, end: int) -> int:
+        """The byte of `file` at which its piece [begin, end) of a tensor begins."""
+        header = self._header(file)
+        slot = header.slots.get(name)
+        shape = tuple(entry.shape) if (begin, end) == (0, entry.numel) else (end - begin,)
+        # A run of all elements may stand there under either shape.
+        if slot is None or slot.dtype != entry.dtype or slot.shape not in (shape, (end - begin,)):
+            found = "not in it" if slot is None else f"{slot.dtype} {list(slot.shape)}"
+            raise Corrupt(f"{file}: {name} is {found}, manifest says {entry.dtype} {list(shape)}")
+        return header.data_at + slot.begin
+
+    def _header(self, file: str) -> TensorFile:
+        with self._lock:
+            if file not in self._headers:
+                size = self.manifest.files[file].size
+                with _reading(file):
+                    self._headers[file] = read_header(self._folder, file, size, self._limits[file])
+            return self._headers[file]
+
+    def _header_limits(self) -> dict[str, int]:
+        """By file, the bytes of header that its tensors can need: a padded one is refused unread."""
+        limits = dict.fromkeys(self.manifest.files, 65536)
+        for name, entry in self.manifest.tensors.items():
+            for file, _, _ in entry.pieces:
+                limits[file] += 12 * len(name) + 24 * len(entry.shape) + 256
+        return limits
+
+    def _read(self, file: str, memory: memoryview, offset: int) -> None:
+        source = self._folder.open(file)
+        try:
+            if source.size != self.manifest.files[file].size:
+                raise Corrupt(f"{file}: size {source.size}, manifest says {self.manifest.files[file].size}")
+            with _reading(file):
+                source.read_into(memory, offset)
+        finally:
+            source.close()
+
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Name the file that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise Incomplete(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def _bytes(entry: TensorEntry, elements: int) -> int:
+    return elements * ITEMSIZE[entry.dtype]

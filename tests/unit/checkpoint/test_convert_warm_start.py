@@ -1,0 +1,99 @@
+"""`init`: which weights a model begins with, and what is said where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from distdl.checkpoint.convert.build import write_checkpoint
+from distdl.checkpoint.manifest import Facts
+from distdl.comm import World
+from distdl.errors import CheckpointError, Corrupt, Incompatible
+from distdl.recipe.schema import Init
+from distdl.testing import assert_same_bits
+from distdl.train.warm_start import WarmStart, warm_start
+from tests.unit.checkpoint.convert_support import fresh, trained
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A checkpoint with optimiser state and averages, which do not matter."""
+    model, _ = trained()
+    tensors = {f"model/{n}": t for n, t in model.state_dict().items()}
+    tensors |= {"ema/head.bias": torch.zeros(10), "optim/exp_avg/head.bias": torch.zeros(10)}
+    facts = Facts(5, "ab" * 8, {}, "f00d", {"step": 5}, "ddp")
+    return Path(write_checkpoint(str(tmp_path / "run" / "checkpoints"), tensors, facts))
+
+
+def begun(init: dict[str, Any]) -> tuple[WarmStart, torch.nn.Module]:
+    start = warm_start(Init.model_validate(init), World(), lambda: True)
+    assert start is not None
+    model = fresh(seed=9)
+    start(model)
+    return start, model
+
+
+def test_from_a_checkpoint_a_run_and_a_file(place: Path, tmp_path: Path) -> None:
+    want = trained()[0].state_dict()
+    safetensors.torch.save_file(want, tmp_path / "w.safetensors")
+    for source in (place, place.parent, place.parent.parent, tmp_path / "w.safetensors"):
+        start, model = begun({"from": str(source)})
+        assert_same_bits(model.state_dict(), want)
+        assert start.lines()[0].endswith(f": {len(want)} tensors")
+        assert len(start.lines()) == 1
+
+
+def test_only_a_fresh_run_begins_so(place: Path) -> None:
+    assert warm_start(Init(), World(), lambda: True) is None
+    assert warm_start(Init.model_validate({"from": str(place)}), World(), lambda: False) is None
+
+
+def test_what_is_left_out_is_said_and_left_as_it_was(place: Path) -> None:
+    init = {"from": str(place), "map": {"hidden.*": "wide.*"}, "ignore": ["head.*"], "strict": False}
+    start, model = begun(init)
+    untouched = fresh(seed=9)
+    assert torch.equal(model.head.weight, untouched.head.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(model.hidden.weight, untouched.hidden.weight)  # type: ignore[union-attr,arg-type]
+    assert start.lines()[1:] == [
+        "not in the source, left as initialised: hidden.weight, hidden.bias",
+        "not in the model, left out: wide.bias, wide.weight",
+        "ignored: head.bias, head.weight",
+    ]
+    assert start.facts()["missing"] == ["hidden.weight", "hidden.bias"]
+
+
+@pytest.mark.parametrize(
+    ("init", "kind", "says"),
+    [
+        ({"map": {"head.*": "haed.*"}}, Incompatible, "missing .* head.weight; did you mean 'haed.weight'"),
+        ({"map": {"*": "all.*"}, "strict": False}, Incompatible, "no tensor of .* is in the model"),
+        ({"map": {"head.*": "hidden.*", "hidden.*": "head.*"}}, Incompatible, "other shapes: .*head"),
+        ({"from": "absent"}, CheckpointError, "there is no such folder"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_touch_nothing(
+    place: Path, init: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        begun({"from": str(place), **init})
+    if "from" not in init:
+        model, init = fresh(seed=9), {"from": str(place), **init}
+        with pytest.raises(kind):
+            WarmStart(Init.model_validate(init), place)(model)
+        assert_same_bits(model.state_dict(), fresh(seed=9).state_dict())
+
+
+def test_damage_and_pickles_are_refused(place: Path, tmp_path: Path) -> None:
+    torch.save(trained()[0].state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="is no safetensors file; `distdl ckpt import`"):
+        begun({"from": str(tmp_path / "w.pt")})
+    file = next(place.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(Corrupt, match="xxh3-128"):
+        begun({"from": str(place)})
