@@ -32,8 +32,8 @@ def stands_already(store: Store, facts: Facts) -> bool:
 
 def commit(
     store: Store, attempt: str, facts: Facts, world_size: int, written: Sequence[Mapping[str, Any]]
-) -> None:
-    """Make an attempt a checkpoint. `written`: by rank, its file's name, size, hash and pieces.
+) -> bytes:
+    """Make an attempt a checkpoint; its manifest. `written`: by rank, its file's name, size, hash and pieces.
 
     Raises CheckpointError where the pieces do not make up their tensors, or rank 0 does not see the files.
     """
@@ -45,7 +45,9 @@ def commit(
         manifest = seal(_with_versions(facts), world_size, now, files, merged(written))
     except ValueError as error:
         raise CheckpointError(f"the ranks' pieces do not make a checkpoint: {error}") from error
-    store.commit(attempt, facts.step, serialise(manifest), _kept_as(store, facts.step))
+    data = serialise(manifest)
+    store.commit(attempt, facts.step, data, _kept_as(store, facts.step))
+    return data
 
 
 def merged(written: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -73,18 +73,27 @@ class Image:
         What `take` returned before must not be in use any more.
         """
         nbytes = slots[-1].end if slots else 0
-        devices = {p.data.device for p in pieces.values() if p.data.device.type != "cpu"}
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # give the old one back first
-            self._buffer = _make(nbytes, pinned=any(d.type == "cuda" for d in devices))
-        for slot in slots:
-            data = pieces[slot.name].data
-            target = self._buffer[slot.begin : slot.end].view(data.dtype).view(data.shape)
-            target.copy_(data.detach(), non_blocking=True)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-        return memory_of(self._buffer[:nbytes]) if nbytes else memoryview(b"")
+            self._buffer = _make(nbytes, pinned=any(p.data.device.type == "cuda" for p in pieces.values()))
+        return take_into(self._buffer[:nbytes], slots, pieces)
+
+
+def take_into(buffer: Tensor, slots: Sequence[Slot], pieces: Mapping[str, Piece]) -> memoryview:
+    """Copy all tensors into `buffer`, [bytes] of uint8 on the CPU; returns the data section.
+
+    Blocks until the tensors may be changed.
+    """
+    devices = set()
+    for slot in slots:
+        data = pieces[slot.name].data
+        target = buffer[slot.begin : slot.end].view(data.dtype).view(data.shape)
+        target.copy_(data.detach(), non_blocking=True)
+        if data.device.type == "cuda":
+            devices.add(data.device)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return memory_of(buffer) if buffer.numel() else memoryview(b"")
 
 
 def _make(nbytes: int, *, pinned: bool) -> Tensor:

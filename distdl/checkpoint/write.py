@@ -2,7 +2,8 @@
 
     begin     compare what the ranks hold, share out what all hold; rank 0 checks room and begins an attempt
     write     every rank writes its file durably; asynchronously, from a copy, in a background thread
-    commit    sizes and hashes are gathered; rank 0 makes the files a checkpoint, and removes old ones
+    commit    sizes and hashes are gathered; rank 0 makes the files a checkpoint, and removes old ones; copies
+              in memory (`distdl.checkpoint.replicas`) become one with it
 
 In each round every rank does its part, keeps any error as a value, and the values are gathered; so all ranks
 go on or all raise with the same cause, and no rank waits for one that has given up. The background thread
@@ -19,13 +20,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
 import xxhash
+from torch import Tensor
 
 from distdl.checkpoint.commit import commit, stands_already
 from distdl.checkpoint.disk import explain
 from distdl.checkpoint.folders import Place, child, shown
-from distdl.checkpoint.image import Image, dtype_name, slots_of, views
+from distdl.checkpoint.image import Image, dtype_name, slots_of, take_into, views
 from distdl.checkpoint.manifest import Facts, file_name, step_name
+from distdl.checkpoint.replicas.keeper import Replicas
 from distdl.checkpoint.retention import Keep, prune
 from distdl.checkpoint.sharing import share_out
 from distdl.checkpoint.store import Store
@@ -48,7 +52,7 @@ SAVE_POINTS = (
     "save.pruned",  # in the background if asynchronous
 )
 COPIED = "save.copied"
-"""The point after `save.made_directory` where an asynchronous save has its copy."""
+"""The point before `save.made_directory` where a save that is written from a copy has it."""
 
 # What headers, the manifest and a file system's own blocks may take beyond the tensors themselves.
 MARGIN_BYTES = 1 << 20
@@ -69,10 +73,19 @@ class _Save:
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank writes: where in its file, and, by name, what the manifest is to say of it."""
+    """What this rank writes: which file, how it begins, where in it what is, and, by name, what the manifest
+    is to say of it.
+    """
 
+    file: str
+    header: bytes
     slots: Sequence[Slot]
     entries: Mapping[str, Json]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return len(self.header) + (self.slots[-1].end if self.slots else 0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ class Saver:
     """Saves at one place. All ranks call `save`, `commit` and `settle`, in the same order; one thread a rank.
 
     `asynchronous`: `save` returns once this rank's share is copied, into memory that is kept from save to
-    save, as much as its share. `metric`: the name and mode whose `keep.best` are kept.
+    save, as much as its share. `metric`: the name and mode whose `keep.best` are kept. `replicas`: where that
+    copy is made instead, and from where others get theirs; every save is written from a copy then.
     """
 
     def __init__(
@@ -99,12 +113,14 @@ class Saver:
         *,
         asynchronous: bool = False,
         metric: tuple[str, str] | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self._store = store
         self._world = world
         self._keep = keep
         self._metric = metric
         self._asynchronous = asynchronous
+        self._replicas = replicas
         self._image = Image()
         # One thread, so that a removal and the next write take turns.
         self._background = ThreadPoolExecutor(1, "distdl-save")
@@ -130,21 +146,26 @@ class Saver:
             return self._done(job)
         mine = self._share(held, loads)
         self._begin(job, loads, held)
-        part = _Part(slots_of(mine), {name: _entry(piece) for name, piece in mine.items()})
-        if not self._asynchronous:
+        part = self._part(job, mine)
+        room = self._replicas.begin(job.facts.step, part.file, part.nbytes) if self._replicas else None
+        if not self._asynchronous and room is None:
             return self._commit(job, self._write(job, part, views(part.slots, mine)))
-        copied, failure = self._try(lambda: self._copy(job, part, mine))
+        copied, failure = self._try(lambda: self._copy(job, part, mine, room))
+        if self._replicas is not None:
+            self._replicas.send()  # after a failure too: others wait for it, and the commit makes it void
         # A copy that failed on one rank alone is told at the commit, as everything else of this rank is.
         data = [copied] if copied is not None else []
+        work = lambda: {"problem": failure} if failure else self._write(job, part, data)  # noqa: E731
+        if not self._asynchronous:
+            return self._commit(job, work())
         self._flying = job
-        job.work = self._background.submit(
-            lambda: {"problem": failure} if failure else self._write(job, part, data)
-        )
+        job.work = self._background.submit(work)
         return None
 
     def written(self) -> bool:
         """Local. Whether something is in flight and this rank's part of it has ended, well or not."""
-        return self._flying is not None and self._flying.work is not None and self._flying.work.done()
+        done = self._flying is not None and self._flying.work is not None and self._flying.work.done()
+        return done and (self._replicas is None or self._replicas.arrived())
 
     @property
     def in_flight(self) -> int | None:
@@ -244,8 +265,18 @@ class Saver:
         answers = self._together(job, lambda: self._store.begin(step, needed) if world.is_main else None)
         job.attempt = str(answers[0])
 
-    def _copy(self, job: _Save, part: _Part, mine: Mapping[str, Piece]) -> memoryview:
-        data = self._image.take(part.slots, mine)
+    def _part(self, job: _Save, mine: Mapping[str, Piece]) -> _Part:
+        slots = slots_of(mine)
+        file = file_name(self._world.rank, self._world.size, self._store.mark(job.attempt))
+        return _Part(file, header_of(slots), slots, {name: _entry(piece) for name, piece in mine.items()})
+
+    def _copy(self, job: _Save, part: _Part, mine: Mapping[str, Piece], room: Tensor | None) -> memoryview:
+        if room is None:
+            data = self._image.take(part.slots, mine)
+        else:
+            # All of the file: what lies in memory then is what a checkpoint's directory has.
+            room[: len(part.header)] = torch.frombuffer(bytearray(part.header), dtype=torch.uint8)
+            data = take_into(room[len(part.header) :], part.slots, mine)
         faults.point(COPIED, job.facts.step)
         return data
 
@@ -255,15 +286,12 @@ class Saver:
         return {"value": value, "problem": problem}
 
     def _write_file(self, job: _Save, part: _Part, data: Iterable[memoryview]) -> Json:
-        step, world = job.facts.step, self._world
+        step = job.facts.step
         faults.point("save.made_directory", step)
-        name = file_name(world.rank, world.size, self._store.mark(job.attempt))
-        header = header_of(part.slots)
-        nbytes = len(header) + (part.slots[-1].end if part.slots else 0)
-        sink = self._store.create(job.attempt, step, name, nbytes)
+        sink = self._store.create(job.attempt, step, part.file, part.nbytes)
         try:
             with HashingWriter(sink) as writer:
-                writer.write(header)
+                writer.write(part.header)
                 faults.point("save.header_written", step)
                 for view in data:
                     writer.write(view)
@@ -274,16 +302,26 @@ class Saver:
                 sink.abandon()
             raise
         faults.point("save.written", step)
-        return {"file": name, "size": writer.size, "xxh3_128": writer.hexdigest(), "tensors": part.entries}
+        return {
+            "file": part.file,
+            "size": writer.size,
+            "xxh3_128": writer.hexdigest(),
+            "tensors": part.entries,
+        }
 
     def _commit(self, job: _Save, result: Json) -> Place:
         written = self._agree(job, result.get("value"), result.get("problem"))
         world, store = self._world, self._store
-        self._together(
-            job,
-            lambda: commit(store, job.attempt, job.facts, world.size, written) if world.is_main else None,
-        )
+        manifest: list[bytes] = []  # stays here: it may be large, and the others need it not
+
+        def make_it_one() -> None:
+            if world.is_main:
+                manifest.append(commit(store, job.attempt, job.facts, world.size, written))
+
+        self._together(job, make_it_one)
         place = self._done(job)
+        if self._replicas is not None:
+            self._replicas.commit(manifest[0] if manifest else None)
         if world.is_main:
             pruned = self._background.submit(self._prune, job.facts.step)
             if not self._asynchronous:

@@ -244,7 +244,7 @@ class Checkpoint(_Every):
         True, description="Write in the background, from a copy in memory, while training goes on."
     )
     replicas: Literal["none", "node"] = Field(
-        "none", description="node: the last snapshot is also kept in the memory of a neighbouring node."
+        "none", description="node: the last snapshot is also in the memory of its node and of the next."
     )
 
 

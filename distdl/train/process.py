@@ -112,10 +112,15 @@ def _run(s: Session, resumed: Resumed) -> int:
     for name, reason in resumed.damaged:
         s.console.say(f"damaged checkpoint passed over: {name}: {reason}")
         s.event("damaged_checkpoint", path=name, reason=reason)
+    for note in resumed.notes:
+        s.console.say(note)
+        s.event("damaged_copy", reason=note)
     already = s.finished and not s.evaluation_due
-    s.event("start", world_size=s.world.size, resumed_from=resumed.path and name_of(resumed.path))
+    memory = {"in_memory": True} if resumed.in_memory else {}
+    s.event("start", world_size=s.world.size, resumed_from=resumed.path and name_of(resumed.path), **memory)
     if resumed.path:
-        s.console.say(f"{'finished already' if already else 'resuming'}: {shown(resumed.path)}")
+        which = f"{shown(resumed.path)}{' (from memory)' if resumed.in_memory else ''}"
+        s.console.say(f"{'finished already' if already else 'resuming'}: {which}")
     if resumed.changed:
         s.console.say(
             f"the recipe changed; going on at step {s.state.step}, which is sample "

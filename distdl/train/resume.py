@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from distdl.checkpoint.find import find_and_verify
-from distdl.checkpoint.folders import Place, name_of, shown
-from distdl.checkpoint.manifest import Manifest
+from distdl.checkpoint.folders import Place, child, name_of, shown
+from distdl.checkpoint.manifest import Manifest, step_name
 from distdl.checkpoint.open import Checkpoint, open_checkpoint
+from distdl.checkpoint.read import Found, read_manifest
+from distdl.checkpoint.replicas.keeper import Replicas
+from distdl.checkpoint.replicas.search import Search
 from distdl.checkpoint.store import Store
 from distdl.comm import World, together
 from distdl.engines import Engine
@@ -38,26 +42,40 @@ class Resumed:
     state: TrainState
     path: Place | None
     damaged: list[tuple[str, str]]
+    in_memory: bool = False
+    """Whether the bytes came from copies in the nodes' memories."""
+    notes: tuple[str, ...] = ()
+    """What was found wrong with such copies."""
     changed: tuple[str, ...] = ()
     arithmetic: tuple[str, ...] = ()
     """In what way the processor, its libraries or threads are others than those it was saved with."""
 
 
-def resume(store: Store, world: World, engine: Engine, identity: Identity, *, allow_changed: bool) -> Resumed:
-    """Collective. Find, check and load the newest valid checkpoint; everything is validated before the
-    model is touched.
+def resume(
+    store: Store,
+    world: World,
+    engine: Engine,
+    identity: Identity,
+    *,
+    allow_changed: bool,
+    replicas: Replicas | None = None,
+) -> Resumed:
+    """Collective. Find, check and load the newest valid checkpoint, from memory where `replicas` still have
+    it; everything is validated before the model is touched.
 
     Raises CheckpointError where there are checkpoints and none is valid, Incompatible for one of another
     recipe, other data or another model, on all ranks together.
     """
-    found = find_and_verify(store, world)
+    search = Search(replicas, identity.recipe_hash, identity.data_fingerprint) if replicas else None
+    found, here = _newest(store, world, search)
     damaged = [(name_of(path), reason) for path, reason in found.damaged]
+    notes = tuple(search.notes) if search else ()
     path = found.path
     if path is None:
         return Resumed(TrainState(), None, damaged)
 
     def check() -> tuple[Checkpoint, list[str], TrainState]:
-        saved = open_checkpoint(path)
+        saved = open_checkpoint(here or path)
         changed = what_changed(saved.manifest, identity)
         if changed and not allow_changed:
             listed = "\n  ".join(changed)
@@ -70,8 +88,39 @@ def resume(store: Store, world: World, engine: Engine, identity: Identity, *, al
     saved, changed, state = together(world, check)
     with reading_alone():
         engine.load(saved)
+    if search is not None:
+        search.close(used=here is not None)
     arithmetic = what_differs(saved.manifest.versions, identity.arithmetic)
-    return Resumed(state, path, damaged, tuple(changed), tuple(arithmetic))
+    return Resumed(state, path, damaged, here is not None, notes, tuple(changed), tuple(arithmetic))
+
+
+def _newest(store: Store, world: World, search: Search | None) -> tuple[Found, Path | None]:
+    """Collective. The newest checkpoint that is whole; and its copy, where that is to be read instead.
+
+    Which steps there are is the store's to say: a run whose checkpoints were moved away begins afresh.
+    """
+    steps = world.from_main(together(world, lambda: store.steps() if world.is_main else None))
+    if search is None or not steps:
+        return find_and_verify(store, world), None
+    here = search.newest(at_least=steps[0])
+    if here is not None:
+        return _in_memory(store, here, []), here
+    try:
+        found = find_and_verify(store, world)
+    except CheckpointError:
+        here = search.newest(at_least=0)
+        if here is None:
+            raise
+        return _in_memory(store, here, []), here
+    assert found.manifest is not None
+    # A newer one than the disk's, if those of the disk that are newer are damaged.
+    here = search.newest(at_least=found.manifest.step + 1)
+    return (found, None) if here is None else (_in_memory(store, here, found.damaged), here)
+
+
+def _in_memory(store: Store, here: Path, damaged: list[tuple[Place, str]]) -> Found:
+    manifest = read_manifest(here)
+    return Found(child(store.place, step_name(manifest.step)), manifest, damaged)
 
 
 @contextmanager

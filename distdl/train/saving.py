@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distdl.checkpoint.folders import Place, name_of
+from distdl.checkpoint.replicas.keeper import Replicas, open_replicas
 from distdl.checkpoint.retention import Keep
 from distdl.checkpoint.store import store_at
 from distdl.checkpoint.write import Saver
@@ -17,12 +20,21 @@ if TYPE_CHECKING:
     from distdl.train.session import Session
 
 
-def saver_of(recipe: Recipe, place: Place, world: World) -> Saver:
+def replicas_of(recipe: Recipe, run: Path, world: World, say: Callable[[str], None]) -> Replicas | None:
+    """Collective. The copies in memory that the recipe asks for; None where there are none."""
+    if recipe.checkpoint.replicas == "none":
+        return None
+    return open_replicas(run, world, say, recipe.launch.timeout_s)
+
+
+def saver_of(recipe: Recipe, place: Place, world: World, replicas: Replicas | None = None) -> Saver:
     """The saver that the recipe asks for. Local; all ranks make one, alike."""
     asked = recipe.checkpoint
     keep = Keep(asked.keep, asked.keep_best, asked.keep_every_steps, asked.keep_every_s)
     metric = (recipe.eval.metric, recipe.eval.mode)
-    return Saver(store_at(place), world, keep, asynchronous=asked.asynchronous, metric=metric)
+    return Saver(
+        store_at(place), world, keep, asynchronous=asked.asynchronous, metric=metric, replicas=replicas
+    )
 
 
 def begin_save(s: Session) -> None:
@@ -55,9 +67,14 @@ def commit(s: Session) -> None:
 
 
 def settle(s: Session) -> None:
-    """Collective. As `commit`, and waits until old checkpoints are removed: nothing goes on afterwards."""
+    """Collective. As `commit`, and waits until old checkpoints are removed: nothing goes on afterwards.
+
+    Copies in memory go as well: the run ends in good order, and all of it is in its place.
+    """
     commit(s)
     s.saver.settle()
+    if s.replicas is not None:
+        s.replicas.forget()
 
 
 def settle_after(s: Session) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distdl.checkpoint.manifest import Facts
+from distdl.checkpoint.replicas.keeper import Replicas
 from distdl.checkpoint.write import Saver
 from distdl.comm import World, share_problem
 from distdl.data import Rows
@@ -57,6 +58,7 @@ class Session:
     eval_rows: Rows
     identity: Identity
     saver: Saver
+    replicas: Replicas | None = None
     fusing: Fusing = field(default_factory=Fusing)
     saved_step: int | None = None
     """The last step whose save has begun, or that was resumed from."""

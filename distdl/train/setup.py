@@ -39,7 +39,7 @@ from distdl.train.batches import Batches
 from distdl.train.evaluate import fetch, measure
 from distdl.train.notices import Notices
 from distdl.train.resume import Identity, Resumed, resume
-from distdl.train.saving import saver_of
+from distdl.train.saving import replicas_of, saver_of
 from distdl.train.session import Session, evaluation_due
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
@@ -80,7 +80,15 @@ def open_session(
     identity = Identity(
         recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
     )
-    resumed = resume(store_at(o.directory.checkpoints), world, engine, identity, allow_changed=allow_changed)
+    replicas = replicas_of(recipe, o.directory.path, world, o.notices.say)
+    resumed = resume(
+        store_at(o.directory.checkpoints),
+        world,
+        engine,
+        identity,
+        allow_changed=allow_changed,
+        replicas=replicas,
+    )
     begun = together(world, lambda: _begin(o, resumed) if world.is_main else None)
     row, heartbeat = begun if begun else ({}, None)
     take_evaluation(o, resumed.state, world.from_main(row))
@@ -101,7 +109,8 @@ def open_session(
         batches=batches,
         eval_rows=eval_rows,
         identity=identity,
-        saver=saver_of(recipe, o.directory.checkpoints, world),
+        saver=saver_of(recipe, o.directory.checkpoints, world, replicas),
+        replicas=replicas,
         saved_step=resumed.state.step if resumed.path else None,
         resumed_step=resumed.state.step if resumed.path else None,
         row=row,

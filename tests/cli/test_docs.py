@@ -386,7 +386,7 @@ def test_each_exit_code_names_its_errors() -> None:
 
 def test_the_fault_points_listed_are_all_there_are() -> None:
     page = (ROOT / "docs" / "testing-your-own.md").read_text()
-    listed = set(re.findall(r"`((?:start|train|eval|save|prepare|stage)\.[a-z_]+)`", page))
+    listed = set(re.findall(r"`((?:start|train|eval|save|replica|prepare|stage)\.[a-z_]+)`", page))
     sources = [p.read_text() for p in (ROOT / "distdl").rglob("*.py") if p.name != "faults.py"]
     named_in_code = {n for text in sources for n in re.findall(r"\bpoint\(\s*\"([\w.]+)\"", text)}
     assert listed == named_in_code

@@ -210,7 +210,7 @@ def in_a_process(code: str) -> None:
 
 
 LIGHTNING = """
-import torch, lightning
+import pytorch_lightning as lightning, torch
 from tests.unit.checkpoint.convert_support import images, fresh, state_of
 
 class Module(lightning.LightningModule):
@@ -233,7 +233,7 @@ torch.save(state_of(module.net, trainer.optimizers[0]), {want!r})
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
+@pytest.mark.skipif(find_spec("pytorch_lightning") is None, reason="Lightning is not installed")
 def test_lightning_itself(tmp_path: Path) -> None:
     names = {"folder": str(tmp_path), "file": str(tmp_path / "x.ckpt"), "want": str(tmp_path / "want.pt")}
     in_a_process(LIGHTNING.format(**names))
