@@ -68,7 +68,7 @@ def _open(url: str, scheme: str, tries: int, raised: type[DistdlError]) -> Any:
             f"{scrub(url)}: fsspec knows no {scheme}://; expected a path, s3://, hf://, file://, gs:// or "
             "another of https://filesystem-spec.readthedocs.io"
         ) from error
-    options = {**kind._get_kwargs_from_urls(url), **_options(scheme)}
+    options = {**kind._get_kwargs_from_urls(url), **_options(scheme, tries)}
     store = kind(**options, skip_instance_cache=True, use_listings_cache=False)
     # s3fs tries five times by itself, without telling anybody and deaf to a request to stop.
     if hasattr(store, "retries"):
@@ -76,14 +76,16 @@ def _open(url: str, scheme: str, tries: int, raised: type[DistdlError]) -> Any:
     return store
 
 
-def _options(scheme: str) -> dict[str, Any]:
-    """Time-outs, and one connection a transfer; what the person configured for fsspec goes first."""
+def _options(scheme: str, tries: int) -> dict[str, Any]:
+    """Time-outs, tries, and one connection a transfer; what the person configured for fsspec goes first."""
     if scheme not in ("s3", "s3a"):
         return {}
     import fsspec
 
     given = fsspec.config.conf.get("s3", {})
-    times = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"total_max_attempts": 1}}
+    # s3fs does not ask again where the server says InternalError (500), the library below it does.
+    attempts = {"total_max_attempts": min(tries, 3), "mode": "standard"}
+    times = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": attempts}
     # With more than one, s3fs holds that many parts of 50 MB in memory.
     concurrency = given.get("max_concurrency", 1)
     return {

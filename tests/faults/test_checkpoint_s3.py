@@ -86,10 +86,14 @@ def test_a_run_that_keeps_its_checkpoints_in_a_store(tmp_path: Path, server: S3S
         tmp_path / "rough", train={"max_steps": 40, "seed": 1}, checkpoint={"dir": url, "every_steps": 10}
     )
     run = tmp_path / "rough" / "run"
-    fault = "1:save.written@20:kill,0:save.before_manifest@40:kill"
-    with Launched(["launch", str(rough), "--procs", "2"], fail_at=fault) as started:
+    for fault in ("1:save.written@20:kill", "0:save.before_manifest@40:kill"):
+        arguments = ["launch", str(rough), "--procs", "2", "launch.max_restarts=0"]
+        with Launched(arguments, fail_at=fault) as started:
+            assert started.finish(timeout_s=120) == 70, started.output
+    with Launched(["launch", str(rough), "--procs", "2"]) as started:
         assert started.finish(timeout_s=120) == 0, started.output
-    assert len(events(run, "restart")) == 2
+    resumed = [e["resumed_from"] for e in events(run, "start")]
+    assert resumed == [None, "step-00000010", "step-00000030"]
     assert_same_bits(tensors_at(url), tensors_of(tmp_path / "calm" / "run"))
     assert not (run / "checkpoints").exists()
 
