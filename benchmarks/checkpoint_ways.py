@@ -136,7 +136,7 @@ def load_ours(target: State, folder: Path, world: World, *, verified: bool) -> N
         verify(path)
     saved = open_checkpoint(path)
     for name, tensor in target.items():
-        tensor.copy_(saved.whole(name))
+        saved.read_into(name, 0, tensor)
 
 
 def load_dcp(target: State, folder: Path, world: World) -> None:

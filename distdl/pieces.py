@@ -69,6 +69,12 @@ class Saved(Protocol):
     def run(self, name: str, begin: int, end: int) -> Tensor:
         """The elements `[begin, end)` of one tensor: [end - begin], on the CPU. As `whole`."""
 
+    def read_into(self, name: str, begin: int, target: Tensor) -> None:
+        """Overwrite `target`, of any shape, dtype, strides and device, with the elements from `begin` on.
+
+        Raises as `whole`; `target` may then hold anything.
+        """
+
 
 class InMemory:
     """`Saved` from tensors that are there, on any device."""
@@ -84,6 +90,10 @@ class InMemory:
     def run(self, name: str, begin: int, end: int) -> Tensor:
         """See `Saved`."""
         return self.whole(name).reshape(-1)[begin:end]
+
+    def read_into(self, name: str, begin: int, target: Tensor) -> None:
+        """See `Saved`."""
+        target.copy_(self.run(name, begin, begin + target.numel()).view(target.shape))
 
 
 class Renamed:
@@ -101,3 +111,7 @@ class Renamed:
     def run(self, name: str, begin: int, end: int) -> Tensor:
         """See `Saved`."""
         return self._source.run(self._names[name], begin, end)
+
+    def read_into(self, name: str, begin: int, target: Tensor) -> None:
+        """See `Saved`."""
+        self._source.read_into(self._names[name], begin, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -203,11 +204,16 @@ def hash_file(folder: Folder, file: str) -> str:
     digest = xxhash.xxh3_128()
     source = folder.open(file)
     try:
-        view = memoryview(bytearray(min(CHUNK, source.size)))
-        for offset in range(0, source.size, CHUNK):
-            part = view[: min(len(view), source.size - offset)]
-            source.read_into(part, offset)
-            digest.update(part)
+        # One buffer is read into while the other is hashed.
+        buffers = [memoryview(bytearray(min(CHUNK, source.size))) for _ in range(2)]
+        hashed: Future[None] | None = None
+        with ThreadPoolExecutor(1, "distdl-hash") as hasher:
+            for i, offset in enumerate(range(0, source.size, CHUNK)):
+                part = buffers[i % 2][: source.size - offset]
+                source.read_into(part, offset)
+                if hashed is not None:
+                    hashed.result()
+                hashed = hasher.submit(digest.update, part)
     finally:
         source.close()
     return digest.hexdigest()

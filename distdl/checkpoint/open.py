@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ def open_checkpoint(place: Place) -> Checkpoint:
         return Checkpoint(place, manifest, folder_at(place))
 
 
+class _Part(NamedTuple):
+    """Bytes of a file, from `offset` on, that are the bytes [begin, end) of what is asked for."""
+
+    file: str
+    offset: int
+    begin: int
+    end: int
+
+
 class Checkpoint:
     """`Saved` from the files of a checkpoint. Any number of threads may read."""
 
@@ -51,21 +61,44 @@ class Checkpoint:
 
     def run(self, name: str, begin: int, end: int) -> Tensor:
         """See `Saved`: on the CPU, in memory of its own. Raises KeyError, ValueError, CheckpointError."""
+        # All offsets first: nothing is allocated for bytes that no file has.
+        parts = self._parts(name, begin, end)
+        target = torch.empty(end - begin, dtype=self.metas[name].dtype)
+        self._read_parts(parts, memory_of(target))
+        return target
+
+    def read_into(self, name: str, begin: int, target: Tensor) -> None:
+        """See `Saved`. Straight from the file where `target` is contiguous, on the CPU, of the saved dtype.
+
+        Raises KeyError, ValueError, CheckpointError.
+        """
+        end, dtype = begin + target.numel(), self.metas[name].dtype
+        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            self._read_parts(self._parts(name, begin, end), memory_of(target))
+        else:
+            target.copy_(self.run(name, begin, end).view(target.shape))
+
+    def _parts(self, name: str, begin: int, end: int) -> list[_Part]:
+        """Where the elements [begin, end) of a tensor are, checked against the headers of the files."""
         entry = self.manifest.tensors[name]
         if not 0 <= begin <= end <= entry.numel:
             raise ValueError(f"[{begin}, {end}) of {name}, which has {entry.numel} elements")
         with naming(self.path):
-            # All offsets first: nothing is allocated for bytes that no file has.
-            parts = [
-                (file, self._offset(name, entry, file, first, last) + _bytes(entry, lo - first), lo, hi)
+            return [
+                _Part(
+                    file,
+                    self._offset(name, entry, file, first, last) + _bytes(entry, lo - first),
+                    _bytes(entry, lo - begin),
+                    _bytes(entry, hi - begin),
+                )
                 for file, first, last in entry.pieces
                 if (lo := max(begin, first)) < (hi := min(end, last))
             ]
-            target = torch.empty(end - begin, dtype=self.metas[name].dtype)
-            memory = memory_of(target)
-            for file, offset, lo, hi in parts:
-                self._read(file, memory[_bytes(entry, lo - begin) : _bytes(entry, hi - begin)], offset)
-        return target
+
+    def _read_parts(self, parts: list[_Part], memory: memoryview) -> None:
+        with naming(self.path):
+            for part in parts:
+                self._read(part.file, memory[part.begin : part.end], part.offset)
 
     def _offset(self, name: str, entry: TensorEntry, file: str, begin: int, end: int) -> int:
         """The byte of `file` at which its piece [begin, end) of a tensor begins."""

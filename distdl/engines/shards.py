@@ -64,10 +64,7 @@ def fill(pieces: Mapping[str, Piece], saved: Saved) -> None:
     Shapes have been compared. Raises CheckpointError where something cannot be read.
     """
     for name, piece in pieces.items():
-        if piece.begin is None:
-            piece.data.copy_(saved.whole(name))
-        else:
-            piece.data.copy_(saved.run(name, piece.begin, piece.begin + piece.data.numel()))
+        saved.read_into(name, piece.begin or 0, piece.data)
 
 
 def squared_norm(parts: list[Tensor], device: torch.device) -> Tensor:

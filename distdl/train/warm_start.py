@@ -47,7 +47,7 @@ class WarmStart:
             )
         with torch.no_grad():
             for name, own in self.paired.names.items():
-                state[name].copy_(source.whole(own))
+                source.read_into(own, 0, state[name])
 
     def lines(self) -> list[str]:
         """What a person is told: where the weights are from, how many, and which not."""

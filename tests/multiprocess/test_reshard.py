@@ -154,6 +154,13 @@ class Counting:
         assert 0 <= begin < end <= self.metas[name].numel, f"{name}: [{begin}, {end})"
         return self._given(self._source.run(name, begin, end))
 
+    def read_into(self, name: str, begin: int, target: Tensor) -> None:
+        assert 0 <= begin <= begin + target.numel() <= self.metas[name].numel, f"{name}: from {begin}"
+        if target.is_contiguous() and target.dtype == self.metas[name].dtype:
+            self._source.read_into(name, begin, target)  # takes no memory
+        else:
+            target.copy_(self.run(name, begin, begin + target.numel()).view(target.shape))
+
     def problems(self) -> list[str]:
         largest = max(meta.nbytes for meta in self.metas.values())
         found = [] if self._most <= largest else [f"{self._most} bytes at once, the largest has {largest}"]
