@@ -23,6 +23,7 @@ from distdl.checkpoint.retention import Keep
 from distdl.checkpoint.store import store_at
 from distdl.checkpoint.write import Saver
 from distdl.comm import World
+from distdl.engines.shards import fill
 from distdl.pieces import Piece
 
 ROWS, COLUMNS = 4096, 1024
@@ -135,8 +136,7 @@ def load_ours(target: State, folder: Path, world: World, *, verified: bool) -> N
     if verified:
         verify(path)
     saved = open_checkpoint(path)
-    for name, tensor in target.items():
-        saved.read_into(name, 0, tensor)
+    fill({name: Piece(tensor, tuple(tensor.shape)) for name, tensor in target.items()}, saved)
 
 
 def load_dcp(target: State, folder: Path, world: World) -> None:

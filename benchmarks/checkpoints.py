@@ -66,6 +66,10 @@ def slowest(world: World, seconds: float) -> float:
 
 def save_once(world: World, way: Save, state: State, folder: Path) -> tuple[float, float]:
     """(stall, total) in seconds of the slowest rank."""
+    for tensor in state.values():
+        tensor.mul_(
+            1.0
+        )  # as a step does before each save: what was just written and removed is out of the way
     world.barrier()
     begin = time.perf_counter()
     wait = way(state, folder, world)

@@ -53,6 +53,7 @@ class Checkpoint:
         self._limits = self._header_limits()
         self._headers: dict[str, TensorFile] = {}
         self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
 
     def whole(self, name: str) -> Tensor:
         """See `Saved`: on the CPU, in memory of its own. Raises KeyError, CheckpointError."""
@@ -76,7 +77,8 @@ class Checkpoint:
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             self._read_parts(self._parts(name, begin, end), memory_of(target))
         else:
-            target.copy_(self.run(name, begin, end).view(target.shape))
+            with self._one_at_a_time:  # however many threads read, they take the memory of one tensor
+                target.copy_(self.run(name, begin, end).view(target.shape))
 
     def _parts(self, name: str, begin: int, end: int) -> list[_Part]:
         """Where the elements [begin, end) of a tensor are, checked against the headers of the files."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -57,14 +59,20 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     return {name: piece for name, piece in found.items() if piece is not None}
 
 
-@torch.no_grad()
 def fill(pieces: Mapping[str, Piece], saved: Saved) -> None:
-    """Overwrite each piece in place, with what `saved` has of its name, a tensor or run at a time. Local.
+    """Overwrite each piece in place, with what `saved` has of its name. Local.
 
-    Shapes have been compared. Raises CheckpointError where something cannot be read.
+    A few are read at the same time. Shapes have been compared. Raises CheckpointError where something cannot
+    be read.
     """
-    for name, piece in pieces.items():
-        saved.read_into(name, piece.begin or 0, piece.data)
+
+    @torch.no_grad()  # of this thread alone
+    def read(name: str) -> None:
+        saved.read_into(name, pieces[name].begin or 0, pieces[name].data)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "distdl-load") as pool:
+        for _ in pool.map(read, pieces):
+            pass
 
 
 def squared_norm(parts: list[Tensor], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import finalize
 
@@ -145,7 +146,8 @@ class Counting:
     def __init__(self, source: Saved) -> None:
         self._source = source
         self.metas = source.metas
-        self._alive = self._most = self._read = 0
+        self._alive = self._most = 0
+        self._one_at_a_time = Lock()
 
     def whole(self, name: str) -> Tensor:
         return self._given(self._source.whole(name))
@@ -159,7 +161,8 @@ class Counting:
         if target.is_contiguous() and target.dtype == self.metas[name].dtype:
             self._source.read_into(name, begin, target)  # takes no memory
         else:
-            target.copy_(self.run(name, begin, begin + target.numel()).view(target.shape))
+            with self._one_at_a_time:
+                target.copy_(self.run(name, begin, begin + target.numel()).view(target.shape))
 
     def problems(self) -> list[str]:
         largest = max(meta.nbytes for meta in self.metas.values())
