@@ -8,10 +8,13 @@ alike, since it follows the global gradient norm.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from distdl.errors import Incompatible
 from distdl.pieces import Piece, Saved
@@ -22,19 +25,34 @@ _LARGEST = 2.0**24
 _SCALE, _GOOD_STEPS = "scaler/scale", "scaler/good_steps"
 
 
+def dtype_of(precision: str) -> torch.dtype | None:
+    """What autocast casts to; None for fp32."""
+    return _DTYPES.get(precision)
+
+
+@contextmanager
+def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """The context of a forward on a kind of device; does nothing for None."""
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(device, dtype), _recurrent_layers_that_run(device, dtype):
+        yield
+
+
 class Precision:
     """What `train.precision` means for one rank. With fp32 and bf16 the scale is 1 and stays 1."""
 
     def __init__(self, precision: str, device: torch.device) -> None:
-        self.dtype = _DTYPES.get(precision)
+        self.dtype = dtype_of(precision)
         self.scale = 2.0**16 if precision == "fp16" else 1.0
         self._scales = precision == "fp16"
         self._device = device.type
         self._good_steps = 0
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[None]:
         """The context of a forward; does nothing for fp32."""
-        return torch.autocast(self._device, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        return autocast(self._device, self.dtype)
 
     def note(self, grad_norm: float) -> bool:
         """After each step, with the norm of the unscaled gradient: adapt the scale. True: it was lowered."""
@@ -77,3 +95,27 @@ class Precision:
         if not (math.isfinite(scale) and scale >= 1):
             raise Incompatible(f"the checkpoint's loss scale is {scale}: expected a number of at least 1")
         return scale, int(saved.whole(_GOOD_STEPS))
+
+
+@contextmanager
+def _recurrent_layers_that_run(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """oneDNN's recurrent layers raise in bf16 on a processor without AVX-512: there, torch's own are used."""
+    if device != "cpu" or dtype is not torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield
+        return
+    enabled = torch._C._get_mkldnn_enabled()
+
+    def before(module: nn.Module, _inputs: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            torch._C._set_mkldnn_enabled(False)
+
+    def after(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            torch._C._set_mkldnn_enabled(enabled)
+
+    hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

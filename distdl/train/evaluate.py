@@ -13,6 +13,7 @@ import torch
 from distdl.capabilities import ENGINES
 from distdl.comm import World, share_problem
 from distdl.comm.together import alone
+from distdl.engines.precision import autocast, dtype_of
 from distdl.errors import Stopped
 from distdl.plan import Plan, share
 from distdl.tasks import Batch, Columns
@@ -109,8 +110,7 @@ def fetch(s: Evaluated, start: int, stop: int) -> Batch:
 
 def measure(s: Evaluated, batch: Batch) -> dict[str, tuple[float, int]]:
     """Sum and count of every metric over one batch. Call inside `engine.evaluating`."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.plan.precision)
-    with torch.no_grad(), torch.autocast(s.engine.device.type, dtype or torch.bfloat16, enabled=bool(dtype)):
+    with torch.no_grad(), autocast(s.engine.device.type, dtype_of(s.plan.precision)):
         sums = s.task.metric_sums(s.engine.module, batch)
     return {name: (float(total), int(count)) for name, (total, count) in sums.items()}
 

@@ -19,6 +19,7 @@ from distdl.capabilities import ENGINES
 from distdl.comm.together import alone
 from distdl.engines import Group, Pass
 from distdl.engines.groups import Rehearsal, groups_of, has_batchnorm, unfusable
+from distdl.engines.precision import autocast, dtype_of
 from distdl.keys import key, seed_everything
 from distdl.tasks import Batch
 from distdl.train.batches import Micro
@@ -216,9 +217,7 @@ def _compare(s: Training, pair: Sequence[Micro]) -> str | None:
     model, task, precision = s.engine.module, s.task, s.plan.precision
     batch, this = joined(s, pair, last=False)
     rehearsal = Rehearsal(model, s.engine.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    cast = torch.autocast(s.engine.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-    with rehearsal(), cast:
+    with rehearsal(), autocast(s.engine.device.type, dtype_of(precision)):
         apart = []
         for group, micro in zip(this.groups, pair, strict=True):
             seed_everything(group.key)

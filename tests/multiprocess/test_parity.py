@@ -142,13 +142,14 @@ def test_adamw_resumes_at_another_world_size(tmp_path: Path) -> None:
         == [75] * 3
     )
     assert run_world(train_rank, 2, adamw(tmp_path / "parts")) == [0, 0]
-    _, error = worst(results(tmp_path / "parts")[1], whole)
-    assert error < 1e-4
+    assert_same_bits(results(tmp_path / "parts")[1], whole)
 
 
 def adamw(folder: Path) -> Recipe:
     sections = json.loads(recipe_for(folder).model_dump_json(by_alias=True))
     sections["optim"] = {"name": "adamw", "lr": 0.003}
+    # Max-pooling ties on these images, and AdamW makes much of rounding: in fast mode it shows after a while.
+    sections["train"]["reduction"] = "exact"
     return parse_recipe(sections)
 
 
