@@ -15,6 +15,7 @@ from distdl import stores
 from distdl.testing import assert_same_bits, run_world
 from tests.faults.savers import ENGINES, Group, Job, good_steps, layouts_of_engines
 from tests.faults.support import Launched, events, tensors_at, tensors_of, write_recipe
+from tests.runs import train_here
 from tests.s3_server import BUCKET, S3Server, s3_server
 
 pytestmark = pytest.mark.slow
@@ -79,8 +80,7 @@ def test_a_run_that_keeps_its_checkpoints_in_a_store(tmp_path: Path, server: S3S
     engine takes over at another world size; then the checkpoints are listed, verified and pruned.
     """
     calm = write_recipe(tmp_path / "calm", train={"max_steps": 40, "seed": 1})
-    with Launched(["launch", str(calm), "--procs", "2"]) as started:
-        assert started.finish() == 0, started.output
+    train_here(calm)
     url = f"s3://{BUCKET}/far"
     rough = write_recipe(
         tmp_path / "rough", train={"max_steps": 40, "seed": 1}, checkpoint={"dir": url, "every_steps": 10}

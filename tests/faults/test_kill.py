@@ -15,6 +15,7 @@ import pytest
 from distdl.record import read_lines
 from distdl.testing import assert_same_bits
 from tests.faults.support import Launched, events, tensors_of, wait_for_event, worker_pids, write_recipe
+from tests.runs import train_here
 
 pytestmark = pytest.mark.slow
 
@@ -70,8 +71,7 @@ def check(folder: Path, kills: int, steps: int, seed: int) -> None:
     undisturbed = write_recipe(
         folder / "calm", train={"max_steps": steps, "seed": 1}, eval={"every_steps": 50}
     )
-    with Launched(["launch", str(undisturbed), "--procs", "2"]) as command:
-        assert command.finish(timeout_s=200) == 0, command.output
+    train_here(undisturbed)
     times = campaign(folder / "rough", kills, steps, seed)
     assert len(times) == kills
     times.sort()

@@ -28,6 +28,7 @@ from distdl.comm import World
 from distdl.testing import assert_same_bits, run_world
 from tests.faults.savers import Layout, facts, held, require_state, whole_layout
 from tests.faults.support import Launched, events, tensors_of, write_recipe
+from tests.runs import train_here
 
 LAYOUT: Layout = whole_layout({f"model/{i}": (5, 10 + i) for i in range(6)})
 TWO, FOUR = ("a", "b"), ("a", "a", "b", "c")
@@ -236,8 +237,7 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe = write_recipe(
         tmp_path, checkpoint={"every_steps": 10, "replicas": "node"}, launch={"max_restarts": 0}
     )
-    with Launched(["launch", str(calm), "--procs", "2"]) as command:
-        assert command.finish() == 0, command.output
+    train_here(calm)
     with Launched(["launch", str(recipe), "--procs", "2"], fail_at="1:train.step@29:kill") as command:
         assert command.finish() == 70, command.output
         assert "not the node" in command.output

@@ -21,6 +21,7 @@ from tests.faults.support import (
     worker_pids,
     write_recipe,
 )
+from tests.runs import train_here
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +53,7 @@ def start(recipe: Path, fail_at: str = "") -> Launched:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     recipe = write_recipe(tmp_path_factory.mktemp("undisturbed"))
-    with start(recipe) as command:
-        assert command.finish() == 0, command.output
-        command.assert_nobody_left()
+    train_here(recipe)
     return tensors_of(recipe.parent / "run")
 
 
@@ -72,8 +71,7 @@ def check(moment: str, target: str, name: str, tmp_path: Path, undisturbed: Any)
         stop = events(run, "stop")[-1]
         assert stop["saved"] == stop["step"] == find_latest(run / "checkpoints").manifest.step  # type: ignore[union-attr]
     assert not events(run, "rank_failed")
-    with start(recipe) as again:
-        assert again.finish() == 0, again.output
+    train_here(recipe)
     assert_same_bits(tensors_of(run), undisturbed)
 
 

@@ -24,7 +24,8 @@ from distdl.testing import assert_same_bits, run_world
 from distdl.topology import Topology
 from distdl.train.batches import Batches
 from tests.multiprocess.sequences import ROWS, VOCABULARY, make_sequences
-from tests.multiprocess.test_parity import results, train_rank
+from tests.multiprocess.test_parity import results
+from tests.runs import train_rank
 
 # Two and three processes for each case: a minute and a half in all.
 pytestmark = pytest.mark.slow

@@ -29,13 +29,17 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Name -> section `hardware`, section `train`."""
 
 QUICK = {("ddp", 2), ("ddp_exact", 2), ("accelerate", 2)}
+UNEVEN = {("ddp_exact_sharded", 3), ("fsdp", 3), ("zero2", 3)}
 
 
 def marks(name: str, size: int) -> Any:
-    """Worlds 2 and 3 in every full run of the suite; 1 and 4 in the long one, or by the name of this file."""
+    """World 2, and 3 by each way of sharing, in every run of the suite; all in the long one, or by this
+    file's name.
+    """
     if (name, size) in QUICK:
         return ()
-    return (pytest.mark.slow, *((pytest.mark.campaign,) if size in (1, 4) else ()))
+    usual = size == 2 or (name, size) in UNEVEN
+    return (pytest.mark.slow, *(() if usual else (pytest.mark.campaign,)))
 
 
 WORLDS = [

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distdl.recipe import Recipe
 from distdl.testing import run_world, worst
-from tests.multiprocess.test_parity import STEPS, recipe_for, results, train_rank
+from tests.multiprocess.test_parity import STEPS, recipe_for, results
+from tests.runs import train_rank
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"engine": "ddp"},
@@ -35,6 +36,15 @@ PAIRS = [
 """Begun with, at 2 ranks; ended with, and at how many."""
 
 QUICK = ("fsdp", "ddp", 1)
+USUAL = {("fsdp", "zero3", 3), ("zero1", "ddp_sharded", 3), ("zero3", "accelerate", 3)}
+
+
+def marks(pair: tuple[str, str, int]) -> Any:
+    """The others in the long run of the suite: states alone go between all engines in test_reshard.py."""
+    if pair == QUICK:
+        return ()
+    return (pytest.mark.slow, *(() if pair in USUAL else (pytest.mark.campaign,)))
+
 
 Run = tuple[list[dict[str, Any]], dict[str, Tensor]]
 
@@ -63,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize(
     ("begun", "ended", "size"),
-    [pytest.param(*p, marks=() if p == QUICK else pytest.mark.slow) for p in PAIRS],
+    [pytest.param(*p, marks=marks(p)) for p in PAIRS],
 )
 def test_a_run_goes_on_with_another_engine(
     begun: str, ended: str, size: int, undisturbed: Run, tmp_path: Path

@@ -21,7 +21,8 @@ from distdl.record import read_lines
 from distdl.testing import WorldFailed, run_world
 from tests.multiprocess.contract import ADAMW, CASES, SGD, Driven, build, plan_for, recipe_for
 from tests.multiprocess.test_parity import recipe_for as recipe_of_images
-from tests.multiprocess.test_parity import results, train_rank
+from tests.multiprocess.test_parity import results
+from tests.runs import train_rank
 
 
 class Sometimes(Cnn5):

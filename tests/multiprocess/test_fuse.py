@@ -22,7 +22,8 @@ from distdl.testing import run_world
 from distdl.topology import Topology
 from distdl.train.fusing import fitting
 from distdl.train.joining import join, joinable, runs
-from tests.multiprocess.test_parity import results, train_rank
+from tests.multiprocess.test_parity import results
+from tests.runs import train_rank
 
 STEPS = 20
 IMAGES: dict[str, Any] = {

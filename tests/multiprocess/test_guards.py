@@ -11,7 +11,8 @@ from distdl.comm import World
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
 from distdl.testing import WorldFailed, run_world, worst
-from tests.multiprocess.test_parity import recipe_for, results, train_rank
+from tests.multiprocess.test_parity import recipe_for, results
+from tests.runs import train_rank
 
 pytestmark = pytest.mark.slow
 

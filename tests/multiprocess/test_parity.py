@@ -11,13 +11,13 @@ import torch
 
 from distdl.checkpoint.open import open_checkpoint
 from distdl.checkpoint.read import find_latest
-from distdl.comm import World
 from distdl.data import Full
 from distdl.plan import DataInfo, make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
 from distdl.testing import assert_same_bits, run_world, worst
 from distdl.topology import Topology
+from tests.runs import train_rank
 
 STEPS = 12
 
@@ -42,23 +42,6 @@ def recipe_for(folder: Path, **changes: dict[str, Any]) -> Recipe:
     for name, section in changes.items():
         sections[name] = {**sections.get(name, {}), **section}
     return parse_recipe(sections)
-
-
-def train_rank(world: World, recipe: Recipe) -> int:
-    """One rank of a whole run, inside a world that exists already."""
-    from distdl.train.process import Options, train_process
-
-    topology = Topology(
-        rank=world.rank,
-        world_size=world.size,
-        local_rank=world.rank,
-        local_world_size=world.size,
-        launcher="torchrun",
-        master_addr="127.0.0.1",
-        master_port=1,
-        cpus=1,
-    )
-    return train_process(recipe, topology, Options())
 
 
 def train(folder: Path, size: int, **changes: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
