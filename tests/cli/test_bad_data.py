@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import yaml
 from distdl import errors
 from distdl.cli import commands
 from distdl.data.index import Index, read_index
-from tests.cli.test_bad_input import distdl
+from tests.commands import distdl
 from tests.faults.mounts import small_disk
 from tests.multiprocess.sequences import VOCABULARY, make, sequences, write_source
 
@@ -97,12 +95,9 @@ def images(folder: Path, data: dict[str, Any]) -> Path:
 
 def train(path: Path) -> tuple[int, str]:
     """`distdl train`, in a process of its own: it sets up handlers and threads."""
-    done = subprocess.run(
-        [sys.executable, "-m", "distdl", "train", str(path)],
-        cwd=ROOT, env={**os.environ, "DISTDL_CACHE": str(path.parent / "cache")},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTDL_CACHE", str(path.parent / "cache"))
+        return distdl("train", str(path), cwd=ROOT)
 
 
 def assert_says(result: tuple[int, str], *words: object, code: int = errors.DATA) -> None:

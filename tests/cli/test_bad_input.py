@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from distdl import errors
 from distdl.record import RunDirectory
+from tests.commands import distdl
 from tests.faults.support import Launched, write_recipe
 
 OWN_MODEL = """
@@ -31,18 +31,6 @@ def build(num_outputs):
 def not_a_model():
     return 3
 """
-
-
-def distdl(*arguments: str, cwd: Path | None = None, timeout_s: float = 60) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "distdl", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from distdl.cli import commands
 from distdl.models.cnn5 import Cnn5
 from distdl.recipe import load_recipe, mathematics, recipe_hash, to_yaml
 from distdl.record import RunDirectory, read_lines
-from tests.cli.test_bad_input import distdl
+from tests.commands import distdl
 from tests.faults.support import write_recipe
 
 Cli = Callable[..., tuple[int, str]]

@@ -12,7 +12,7 @@ import pytest
 
 from distdl.record import read_lines
 from distdl.testing import assert_same_bits
-from tests.cli.test_bad_input import distdl
+from tests.commands import distdl
 from tests.faults.support import Launched, events, tensors_of, wait_for_event, worker_pids, write_recipe
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distdl import errors
-from tests.cli.test_bad_input import distdl
+from tests.commands import distdl
 
 # A process for each case.
 pytestmark = pytest.mark.slow
