@@ -29,7 +29,7 @@ esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# What starts no ranks runs on every core; what does has the machine to itself: it counts seconds and kills.
+# What injects faults has the machine to itself, since it counts seconds; the rest runs on every core, the longest first.
 .venv/bin/python -m pytest -q --durations=10 -n auto --maxprocesses 8 --dist loadfile "${select[@]}" \
-  tests/unit tests/cli
-exec .venv/bin/python -m pytest -q --durations=10 "${select[@]}" tests/multiprocess tests/faults tests/gpu
+  tests/multiprocess tests/cli tests/unit
+exec .venv/bin/python -m pytest -q --durations=10 "${select[@]}" tests/faults tests/gpu

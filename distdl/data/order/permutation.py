@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +72,8 @@ def check_rows(rows: int) -> None:
         raise ValueError(f"rows is {rows}; an order has 0 to {MAX_ROWS} rows")
 
 
+_AT_ONCE = 1 << 14
+"""Tweaks that are mixed for all rounds in one go: for few, to call numpy takes longer than to compute."""
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -142,12 +145,9 @@ def _halves(size: int) -> tuple[int, int]:
 
 def _feistel(values: Words, domain: _Domain, keys: tuple[int, ...]) -> Words:
     """A bijection of 0 .. a * b - 1: each round shifts one half by a keyed hash of the other."""
-    a, b, tweak = domain.a, domain.b, domain.tweak
+    a, b = domain.a, domain.b
     left, right = values // b, values % b
-    for number, round_key in enumerate(keys):
-        word = _word(round_key)
-        if tweak is not None:
-            word = mix(tweak + word)
+    for number, word in enumerate(_words(keys, domain.tweak)):
         if number % 2 == 0:
             left = _shifted(left, _mixed(right + word), a)
         else:
@@ -155,6 +155,16 @@ def _feistel(values: Words, domain: _Domain, keys: tuple[int, ...]) -> Words:
     left *= b
     left += right
     return left
+
+
+def _words(keys: tuple[int, ...], tweak: Words | None) -> Iterable[Words]:
+    """By round, what is added before the hash: its key, mixed with the tweaks if there are any."""
+    words = np.array(keys, dtype=np.uint64)[:, None]
+    if tweak is None:
+        return words
+    if tweak.size > _AT_ONCE:
+        return (_mixed(tweak + word) for word in words)
+    return _mixed(tweak + words)
 
 
 def _shifted(half: Words, by: Words, size: Words) -> Words:
