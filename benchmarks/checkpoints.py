@@ -15,7 +15,7 @@ there: they have just been written, so files come from the page cache, for every
 memory: each way in fresh processes, saving twice, highest resident memory (VmHWM) less what was there before
 its first save.
 
-    python benchmarks/checkpoints.py [--ranks 1] [--millions 200] [--rounds 3] [--dir FOLDER] [--json FILE]
+    python benchmarks/checkpoints.py [--ranks 2] [--millions 200] [--rounds 3] [--dir FOLDER] [--json FILE]
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def report(found: dict[str, Any], memory: dict[str, tuple[int, int]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=1, help="processes, each of which holds the whole state")
+    parser.add_argument("--ranks", type=int, default=2, help="processes, each of which holds the whole state")
     parser.add_argument("--millions", type=float, default=200, help="of parameters; 12 bytes each are saved")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of each process (default: its share of the cores)")
