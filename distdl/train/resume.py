@@ -18,7 +18,7 @@ from distdl.checkpoint.replicas.search import Search
 from distdl.checkpoint.store import Store
 from distdl.comm import World, together
 from distdl.engines import Engine
-from distdl.errors import CheckpointError, Incompatible
+from distdl.errors import CheckpointError, Corrupt, Incompatible, Incomplete
 from distdl.recipe import differences
 from distdl.train.arithmetic import what_differs
 from distdl.train.state import TrainState
@@ -72,6 +72,8 @@ def resume(
     notes = tuple(search.notes) if search else ()
     path = found.path
     if path is None:
+        if search is not None:
+            search.close(used=False)
         return Resumed(TrainState(), None, damaged)
 
     def check() -> tuple[Checkpoint, list[str], TrainState]:
@@ -97,30 +99,45 @@ def resume(
 def _newest(store: Store, world: World, search: Search | None) -> tuple[Found, Path | None]:
     """Collective. The newest checkpoint that is whole; and its copy, where that is to be read instead.
 
-    Which steps there are is the store's to say: a run whose checkpoints were moved away begins afresh.
+    Which steps there are, and which checkpoint of a step, is the store's to say: a run whose checkpoints were
+    moved away begins afresh.
     """
     steps = world.from_main(together(world, lambda: store.steps() if world.is_main else None))
     if search is None or not steps:
         return find_and_verify(store, world), None
-    here = search.newest(at_least=steps[0])
-    if here is not None:
-        return _in_memory(store, here, []), here
-    try:
-        found = find_and_verify(store, world)
-    except CheckpointError:
-        here = search.newest(at_least=0)
-        if here is None:
+    wanted = sorted(set(steps) & set(search.steps))
+    told = together(world, lambda: [_hash_on_disk(store, s) for s in wanted] if world.is_main else None)
+    on_disk: dict[int, str | None] = dict(zip(wanted, world.from_main(told), strict=True))
+    copy = search.newest(steps[0], on_disk)
+    damaged: list[tuple[Place, str]] = []
+    if copy is None:
+        try:
+            found = find_and_verify(store, world)
+        except Incompatible:
             raise
-        return _in_memory(store, here, []), here
-    assert found.manifest is not None
-    # A newer one than the disk's, if those of the disk that are newer are damaged.
-    here = search.newest(at_least=found.manifest.step + 1)
-    return (found, None) if here is None else (_in_memory(store, here, found.damaged), here)
+        except CheckpointError:
+            copy = search.newest(0, on_disk)
+            if copy is None:
+                raise
+        else:
+            assert found.manifest is not None
+            damaged = found.damaged
+            # A newer one than the disk has whole, if those of the disk that are newer are damaged.
+            copy = search.newest(found.manifest.step + 1, on_disk)
+            if copy is None:
+                return found, None
+    here, manifest = copy
+    return Found(child(store.place, step_name(manifest.step)), manifest, damaged), here
 
 
-def _in_memory(store: Store, here: Path, damaged: list[tuple[Place, str]]) -> Found:
-    manifest = read_manifest(here)
-    return Found(child(store.place, step_name(manifest.step)), manifest, damaged)
+def _hash_on_disk(store: Store, step: int) -> str | None:
+    """What tells a step's checkpoint from others; None where its manifest is damaged."""
+    try:
+        return read_manifest(child(store.place, step_name(step))).self_hash
+    except (Corrupt, Incomplete):
+        return None
+    except Incompatible:
+        return ""  # of a newer distdl: no copy is of it
 
 
 @contextmanager

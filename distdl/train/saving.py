@@ -71,18 +71,27 @@ def settle(s: Session) -> None:
 
     Copies in memory go as well: the run ends in good order, and all of it is in its place.
     """
-    commit(s)
-    s.saver.settle()
+    _settle(s)
     if s.replicas is not None:
         s.replicas.forget()
 
 
+def _settle(s: Session) -> None:
+    commit(s)
+    s.saver.settle()
+
+
 def settle_after(s: Session) -> None:
-    """Collective, where all ranks ended with an error together: what was saved before is committed yet."""
+    """Collective, where all ranks ended with an error together: what was saved before is committed yet.
+
+    Copies in memory stay: the disk may be what failed.
+    """
     try:
-        settle(s)
+        _settle(s)
     except DistdlError as error:
         s.console.say(f"the checkpoint that was being written is lost: {error}")
+    if s.replicas is not None:
+        s.replicas.settle()
 
 
 def _note(s: Session) -> None:

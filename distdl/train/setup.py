@@ -80,7 +80,7 @@ def open_session(
     identity = Identity(
         recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
     )
-    replicas = replicas_of(recipe, o.directory.path, world, o.notices.say)
+    replicas = replicas_of(recipe, o.directory.path, world, lambda text: o.notices.say(text))
     resumed = resume(
         store_at(o.directory.checkpoints),
         world,

@@ -15,7 +15,7 @@ import pytest
 
 from distdl.checkpoint.find import find_and_verify
 from distdl.checkpoint.folders import child
-from distdl.checkpoint.manifest import MANIFEST, step_name
+from distdl.checkpoint.manifest import MANIFEST, own_hash, step_name
 from distdl.checkpoint.open import open_checkpoint
 from distdl.checkpoint.replicas import room
 from distdl.checkpoint.replicas.home import VARIABLE
@@ -26,6 +26,8 @@ from distdl.checkpoint.store import store_at
 from distdl.checkpoint.write import Saver
 from distdl.comm import World
 from distdl.testing import assert_same_bits, run_world
+from distdl.testing.faults import fail_at
+from distdl.train.resume import _newest
 from tests.faults.savers import Layout, facts, held, require_state, whole_layout
 from tests.faults.support import Launched, events, tensors_of, write_recipe
 from tests.runs import train_here
@@ -74,13 +76,12 @@ def resume(
     """The step that memory has, read whole on every rank; None where it has none; and the notes."""
     replicas, _ = open_here(world, run, nodes)
     search = Search(replicas, recipe, "f00d")
-    path = search.newest(at_least)
+    found = search.newest(at_least, dict.fromkeys(search.steps))
     step = None
-    if path is not None:
-        saved = open_checkpoint(path)
-        step = saved.manifest.step
-        require_state(saved, step, LAYOUT)
-    search.close(used=path is not None)
+    if found is not None:
+        step = found[1].step
+        require_state(open_checkpoint(found[0]), step, LAYOUT)
+    search.close(used=found is not None)
     return step, search.notes
 
 
@@ -187,10 +188,8 @@ POINTS = ("replica.sent", "replica.received", "replica.manifest_written")
 
 
 def killed(world: World, run: Path, point: str) -> Any:
-    from distdl.testing import faults
-
     save(world, run, TWO, [1], True)
-    with faults.fail_at(None, point, "kill", my_rank=world.rank):
+    with fail_at(None, point, "kill", my_rank=world.rank):
         save(world, run, TWO, [2], True)
 
 
@@ -227,6 +226,93 @@ def test_one_node_says_what_its_copy_is_worth(run: Path) -> None:
     for said in run_world(others_on_one_node, 2, run):
         assert "not the node" in said[0]
     assert [step for step, _ in run_world(resume, 2, run, ("a", "a"))] == [1, 1]
+
+
+# --- the disk says which checkpoint, memory has the bytes ---
+
+
+def start(world: World, run: Path) -> tuple[int | None, bool]:
+    """What a start would load: its step, and whether from memory."""
+    replicas, _ = open_here(world, run, TWO)
+    search = Search(replicas, "abc", "f00d")
+    found, here = _newest(store_at(run / "checkpoints"), world, search)
+    search.close(used=here is not None)
+    if found.manifest is None:
+        return None, False
+    require_state(open_checkpoint(here or found.path or ""), found.manifest.step, LAYOUT)
+    return found.manifest.step, here is not None
+
+
+def test_a_step_that_was_removed_from_the_disk_is_not_brought_back(run: Path) -> None:
+    run_world(save, 2, run, TWO, [1, 2, 3], True)
+    assert run_world(start, 2, run) == [(3, True)] * 2
+    shutil.rmtree(run / "checkpoints" / step_name(3))
+    assert run_world(start, 2, run) == [(2, False)] * 2
+
+
+def test_another_checkpoint_of_the_same_step_is_not_taken_for_it(run: Path) -> None:
+    run_world(save, 2, run, TWO, [1], True)
+    shutil.rmtree(run / "checkpoints")
+    saver = Saver(store_at(run / "checkpoints"), World(), Keep(9))
+    saver.save(held(LAYOUT, 1), facts(1))
+    saver.close()
+    assert run_world(start, 2, run) == [(1, False)] * 2
+
+
+def test_a_fresh_start_leaves_no_old_copies(run: Path) -> None:
+    run_world(save, 2, run, TWO, [1], True)
+    shutil.rmtree(run / "checkpoints")
+    assert run_world(start, 2, run) == [(None, False)] * 2
+    assert copies(run, "a") == copies(run, "b") == []
+
+
+def test_a_damaged_checkpoint_on_disk_is_taken_from_memory(run: Path) -> None:
+    run_world(save, 2, run, TWO, [1, 2], True)
+    (run / "checkpoints" / step_name(2) / MANIFEST).write_text("{}")
+    assert run_world(start, 2, run) == [(2, True)] * 2
+
+
+def test_one_that_a_newer_distdl_wrote_is_not_passed_over(run: Path) -> None:
+    """Memory has step 1, which is on disk as well; the disk's newest is not for this distdl to judge."""
+    run_world(save, 2, run, TWO, [1], True)
+    shutil.copytree(run / "checkpoints" / step_name(1), run / "checkpoints" / step_name(2))
+    path = run / "checkpoints" / step_name(2) / MANIFEST
+    raw = json.loads(path.read_text()) | {"format_version": 99, "step": 2}
+    path.write_text(json.dumps({**raw, "self_hash": own_hash(raw)}))
+    with pytest.raises(AssertionError, match="Incompatible"):
+        run_world(start, 2, run)
+
+
+def test_a_damaged_manifest_in_one_memory_is_replaced(run: Path) -> None:
+    run_world(save, 2, run, TWO, [1], True)
+    (copies(run, "b")[0] / MANIFEST).write_text("{}")
+    assert run_world(start, 2, run) == [(1, True)] * 2
+    assert (copies(run, "b")[0] / MANIFEST).read_bytes() == (copies(run, "a")[0] / MANIFEST).read_bytes()
+
+
+def start_without_a_peer(world: World, run: Path) -> tuple[int | None, bool]:
+    with fail_at(1, "replica.fetching", "raise", my_rank=world.rank):
+        return start(world, run)
+
+
+def test_what_cannot_be_fetched_is_read_from_disk(run: Path) -> None:
+    run_world(save, 2, run, TWO, [1], True)
+    shutil.rmtree(memory_of(run, "b"))
+    assert run_world(start_without_a_peer, 2, run) == [(1, False)] * 2
+
+
+def send_fails(world: World, run: Path) -> list[str]:
+    with fail_at(1, "replica.sent", "raise", my_rank=world.rank):
+        return save(world, run, TWO, [1, 2], True)
+
+
+def test_copies_that_fail_on_one_rank_fail_no_save(run: Path) -> None:
+    for said in run_world(send_fails, 2, run):
+        assert len(said) == 1
+        assert "[rank 1/2 on " in said[0]
+        assert "injected at replica.sent" in said[0]
+    assert find_and_verify(store_at(run / "checkpoints"), World()).path == run / "checkpoints" / step_name(2)
+    assert copies(run, "a") == copies(run, "b") == []
 
 
 @pytest.mark.slow

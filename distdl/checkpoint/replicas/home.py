@@ -26,9 +26,8 @@ from typing import IO
 
 import xxhash
 
-from distdl.checkpoint.folders import LocalFolder
-from distdl.checkpoint.manifest import Manifest
-from distdl.checkpoint.read import read_manifest
+from distdl.checkpoint.folders import LocalFolder, read_manifest_bytes
+from distdl.checkpoint.manifest import Manifest, parse
 from distdl.errors import CheckpointError
 
 VARIABLE = "DISTDL_MEMORY_DIR"
@@ -39,9 +38,12 @@ MARK = ".memory-id"
 
 @dataclass(frozen=True)
 class Copy:
-    """What this node's memory has of one checkpoint: `files`, of the right size, of those in `manifest`."""
+    """What this node's memory has of one checkpoint: `files` are those of the right size in `manifest`, of
+    which `raw` are the bytes.
+    """
 
     name: str
+    raw: bytes
     manifest: Manifest
     files: tuple[str, ...]
 
@@ -83,7 +85,7 @@ class Home:
 def mark_of(run: Path) -> str:
     """The random number of a run directory, made where there is none. Rank 0 calls it. Raises OSError."""
     path = run / MARK
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # empty after a power failure
         put(path, secrets.token_hex(16).encode())
     return path.read_text()
 
@@ -157,11 +159,15 @@ def _hold(folder: Path, how: int) -> IO[str]:
 
 def _copy_at(path: Path) -> Copy | None:
     try:
-        manifest = read_manifest(path)
-        sizes = dict(_sizes(LocalFolder(path), manifest))
+        folder = LocalFolder(path)
+        raw = read_manifest_bytes(folder)
+        manifest = parse(raw)
+        sizes = dict(_sizes(folder, manifest))
     except (CheckpointError, OSError):
         return None
-    return Copy(path.name, manifest, tuple(n for n, e in manifest.files.items() if sizes.get(n) == e.size))
+    return Copy(
+        path.name, raw, manifest, tuple(n for n, e in manifest.files.items() if sizes.get(n) == e.size)
+    )
 
 
 def _sizes(folder: LocalFolder, manifest: Manifest) -> Iterator[tuple[str, int]]:

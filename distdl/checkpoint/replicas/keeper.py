@@ -49,28 +49,32 @@ class _Generation:
 
 
 class _Transfer:
-    """Waits for messages that are under way, in a thread: that is no collective, and they move without it."""
+    """Waits for messages that are under way, in a thread: that is no collective, and they move without it.
 
-    def __init__(self, works: Sequence[Any]) -> None:
+    `problem`: what went wrong before they were all posted.
+    """
+
+    def __init__(self, works: Sequence[Any], problem: str | None) -> None:
         self._works = works
-        self._problem: str | None = None
+        self._problem = problem
         # Not one that the interpreter waits for at its end, when another rank may be gone.
         self._thread = threading.Thread(target=self._wait, name="distdl-replica", daemon=True)
-        self._thread.start()
+        self._started = attempt(self._thread.start)[1] is None
 
     def _wait(self) -> None:
-        try:
-            for work in self._works:
-                work.wait()
-        except Exception as error:
-            self._problem = f"{type(error).__name__}: {error}"
+        for work in self._works:
+            problem = attempt(work.wait)[1]
+            self._problem = self._problem or problem
 
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._started and not self._thread.is_alive()
 
     def result(self) -> str | None:
-        """Blocks until all have arrived; what went wrong."""
-        self._thread.join()
+        """Blocks until all have arrived or failed; what went wrong."""
+        if self._started:
+            self._thread.join()
+        else:
+            self._wait()
         return self._problem
 
 
@@ -118,8 +122,7 @@ class Replicas:
             problem = self._lacking(told)
         if problem is None:
             made, problem = attempt(lambda: self._prepare(f"{step_name(step)}-{told[0][4]}", told))
-            self._next = made
-        if self._failed(problem) or made is None:
+        if self.failed(problem) or made is None:
             return None
         mine: Mapped = made.files[self.world.rank]
         if torch.cuda.is_initialized():
@@ -140,16 +143,17 @@ class Replicas:
     def _prepare(self, name: str, told: Sequence[Json]) -> _Generation:
         folder = self.home.path / name
         folder.mkdir(mode=0o700, exist_ok=True)
-        made = _Generation(name, {})
+        # Kept from here on: what fails half way is removed with it.
+        self._next = made = _Generation(name, {})
         for rank in [self.world.rank, *self.nodes.kept_by(self.world.rank)]:
             file, nbytes = told[rank][:2]
-            spare = self._spare.pop(rank, None)
+            spare = self._spare.get(rank)
             if spare is not None and spare.nbytes == nbytes:
                 spare.move(folder / file)
-                made.files[rank] = spare
+                made.files[rank] = self._spare.pop(rank)
                 continue
             if spare is not None:
-                spare.remove()
+                self._spare.pop(rank).remove()
             made.files[rank] = Mapped.create(folder / file, nbytes)
         return made
 
@@ -158,15 +162,19 @@ class Replicas:
         made, rank = self._next, self.world.rank
         if made is None:
             return
-        keeper = self.nodes.keeper(rank)
-        works = [
-            dist.irecv(made.files[other].tensor, other, group=self.group)
-            for other in self.nodes.kept_by(rank)
-        ]
-        if keeper is not None:
-            works.append(dist.isend(made.files[rank].tensor, keeper, group=self.group))
-        made.transfer = _Transfer(works)
-        faults.point("replica.sent")
+        keeper, works = self.nodes.keeper(rank), []
+
+        def post() -> None:
+            for other in self.nodes.kept_by(rank):  # one by one: those posted are waited for if one fails
+                work = dist.irecv(made.files[other].tensor, other, group=self.group)
+                works.append(work)
+            if keeper is not None:
+                works.append(dist.isend(made.files[rank].tensor, keeper, group=self.group))
+            faults.point("replica.sent")
+
+        # A connection that is lost meanwhile is no reason to fail here alone: the commit tells it to all.
+        problem = attempt(post)[1]
+        made.transfer = _Transfer(works, problem)
 
     def arrived(self) -> bool:
         """Local. Whether nothing of this rank is under way."""
@@ -177,17 +185,17 @@ class Replicas:
 
         Waits for what has not arrived. The copies of the save before go once all nodes have these.
         """
-        made, self._next = self._next, None
+        made = self._next
         if made is None or made.transfer is None:
             return
         text = self.world.from_main(manifest.decode() if manifest is not None else None)
-        if self._failed(made.transfer.result()):
+        if self.failed(made.transfer.result()):
             return
         faults.point("replica.received")
         before = self._last
-        if self._failed(attempt(lambda: self._publish(made, text))[1]):
+        if self.failed(attempt(lambda: self._publish(made, text))[1]):
             return
-        self._last = made
+        self._last, self._next = made, None
         if self.leads:
             kept = [made.name] if before is None else [made.name, before.name]
             problem = attempt(lambda: self._retire(before, kept))[1]
@@ -214,7 +222,7 @@ class Replicas:
 
     # --- when something is wrong, and at the end ---
 
-    def _failed(self, problem: str | None) -> bool:
+    def failed(self, problem: str | None) -> bool:
         """Collective. Whether any rank has a problem: then there are no copies from here on."""
         told = problem and f"[rank {self.world.rank}/{self.world.size} on {socket.gethostname()}] {problem}"
         problems = [p for p in self.world.gather(told) if p]
@@ -224,16 +232,21 @@ class Replicas:
         self.say(
             f"checkpoint.replicas: no copies in memory from here on; resuming is from disk: {problems[0]}"
         )
-        for made in (self._next, self._last):
-            self._take_back(made)
-        self._next = self._last = None
-        for spare in self._spare.values():
-            spare.remove()
-        self._spare = {}
+        self.settle()
+        kept = [self._spare, *(made.files for made in (self._next, self._last) if made is not None)]
+        for files in kept:
+            for mapped in files.values():
+                mapped.remove()
+        self._spare, self._next, self._last = {}, None, None
         if self.leads:
             with contextlib.suppress(OSError):
                 self.home.clear()
         return True
+
+    def settle(self) -> None:
+        """Local. Wait for what is under way, well or not."""
+        if self._next is not None and self._next.transfer is not None:
+            self._next.transfer.result()
 
     def forget(self) -> None:
         """Local, on every rank, after all of them have finished: the run is over and on disk."""
@@ -258,7 +271,13 @@ def open_replicas(run: Path, world: World, say: Callable[[str], None], timeout_s
     nodes = Nodes([node for node, _ in answers])
     group = None
     if nodes.count > 1:
-        group = dist.new_group(timeout=timedelta(seconds=timeout_s), backend="gloo")
+        # Half of what the others wait at most: who is done early waits for who is not, over the main group.
+        limit = timedelta(seconds=timeout_s / 2)
+        group, problem = attempt(lambda: dist.new_group(timeout=limit, backend="gloo"))
+        problems = [told for told in world.gather(problem) if told]
+        if problems:
+            say(f"checkpoint.replicas: no copies are kept in memory: {problems[0]}")
+            return None
     else:
         say(
             "checkpoint.replicas: all processes are on one node, so no neighbour keeps a copy; the one in "

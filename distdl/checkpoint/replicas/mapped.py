@@ -53,9 +53,12 @@ class Mapped:
     def register(self) -> None:
         """Let a GPU write into it without a detour, as into pinned memory. Once is enough."""
         if not self._registered:
-            # Without, copies are slower and just as right: the answer does not matter.
-            torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
-            self._registered = True
+            code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
+            self._registered = int(code) == 0
+            if not self._registered:
+                # Copies are slower then, and just as right; but CUDA would tell the error to who comes next.
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device="cuda")
 
     def move(self, path: Path) -> None:
         """Give it another name on the same file system. Raises OSError."""

@@ -17,7 +17,7 @@ import xxhash
 
 from distdl.checkpoint.folders import LocalFolder
 from distdl.checkpoint.image import memory_of
-from distdl.checkpoint.manifest import MANIFEST, Manifest, parse, serialise, step_name
+from distdl.checkpoint.manifest import MANIFEST, Manifest, parse, step_name
 from distdl.checkpoint.read import wrong_hashes
 from distdl.checkpoint.replicas.home import Copy, put
 from distdl.checkpoint.replicas.keeper import Replicas, attempt
@@ -25,6 +25,7 @@ from distdl.checkpoint.replicas.mapped import Mapped
 from distdl.checkpoint.replicas.nodes import Move, moves
 from distdl.checkpoint.replicas.room import free_memory
 from distdl.checkpoint.sharing import share_out
+from distdl.testing import faults
 
 
 @dataclass
@@ -68,17 +69,28 @@ class Search:
                 candidate.on[self._nodes.of(rank)] = set(indices)
         return found
 
-    def newest(self, at_least: int) -> Path | None:
+    @property
+    def steps(self) -> list[int]:
+        """Of what any node has some of; the same on all ranks."""
+        return sorted({candidate.step for candidate in self._candidates.values()})
+
+    def newest(self, at_least: int, on_disk: Mapping[int, str | None]) -> tuple[Path, Manifest] | None:
         """Collective. The newest checkpoint of this or a later step of which every file is sound somewhere,
         brought into this node's memory; None where there is none. What was refused is not tried again.
+
+        `on_disk`: the steps that may be taken and the hash of their manifest there, None where it is damaged.
         """
         for key in sorted(self._candidates, key=lambda k: (self._candidates[k].step, k), reverse=True):
             if self._candidates[key].step < at_least:
                 break
             candidate = self._candidates.pop(key)
+            if candidate.step not in on_disk or on_disk[candidate.step] not in (None, key[1]):
+                continue
             problem = self._bring(key, candidate)
-            if problem is None:
-                return self._r.home.path / key[0]
+            if problem is None and self._taken is not None:
+                return self._r.home.path / key[0], self._taken[1]
+            if not self._r.on:
+                break
             self.notes.append(f"{step_name(candidate.step)} in memory: {problem}")
         return None
 
@@ -105,7 +117,8 @@ class Search:
 
     def _bring(self, key: tuple[str, str], candidate: _Candidate) -> str | None:
         """Collective. Have all its files on every node; what is wrong, the same on all ranks, else None."""
-        manifest = self._manifest(key, candidate)
+        raw = self._manifest(key, candidate)
+        manifest = parse(raw)
         files = sorted(manifest.files)
         holders = {file: [n for n, on in candidate.on.items() if i in on] for i, file in enumerate(files)}
         folder = self._r.home.path / key[0]
@@ -117,7 +130,7 @@ class Search:
         needed = moves(files, holders, self._nodes)
         problem = self._told(self._lacking(manifest, needed)) or self._transfer(folder, manifest, needed)
         if problem is None:
-            problem = self._told(attempt(lambda: self._publish(folder, manifest))[1])
+            problem = self._told(attempt(lambda: self._publish(folder, raw))[1])
         if problem is None:
             self._taken = (key[0], manifest)
         return problem
@@ -127,11 +140,11 @@ class Search:
         found = [(rank, told) for rank, told in enumerate(self._world.gather(problem)) if told]
         return f"rank {found[0][0]}: {found[0][1]}" if found else None
 
-    def _manifest(self, key: tuple[str, str], candidate: _Candidate) -> Manifest:
+    def _manifest(self, key: tuple[str, str], candidate: _Candidate) -> bytes:
         """Collective. From the first node that has it: the same bytes, so the same manifest, everywhere."""
         source = self._nodes.members[min(candidate.on)][0]
-        mine = serialise(self._here[key].manifest).decode() if self._world.rank == source else None
-        return parse(self._world.from_rank(source, mine).encode())
+        mine = self._here[key].raw.decode() if self._world.rank == source else None
+        return bytes(self._world.from_rank(source, mine).encode())
 
     def _drop_damaged(self, folder: Path, manifest: Manifest, holders: Mapping[str, list[int]]) -> str | None:
         """Collective. Hash what is there, and take whom has it damaged out of `holders`; which those are."""
@@ -164,17 +177,25 @@ class Search:
         problem = self._told(problem)
         if problem is not None:
             return problem
-        works: list[dist.Work | None] = []
+        problem = attempt(lambda: self._exchange(needed, opened))[1]
+        if self._r.failed(problem):  # the group is of no use after a time-out
+            return "it could not be fetched from the other nodes"
+        received = {m.file: mapped for m, mapped in zip(needed, opened, strict=True) if m.target == rank}
+        return self._told(attempt(lambda: _accept(folder, manifest, received))[1])
+
+    def _exchange(self, needed: Sequence[Move], opened: Sequence[Mapped | None]) -> None:
+        rank, works = self._world.rank, []
         for tag, (move, mapped) in enumerate(zip(needed, opened, strict=True)):
+            if mapped is None:
+                continue
             if move.target == rank:
                 works.append(dist.irecv(mapped.tensor, move.source, group=self._r.group, tag=tag))
-            elif move.source == rank:
+            else:
                 works.append(dist.isend(mapped.tensor, move.target, group=self._r.group, tag=tag))
+        faults.point("replica.fetching")
         for work in works:
             assert work is not None  # None: this rank is not in the group
             work.wait()
-        received = {m.file: mapped for m, mapped in zip(needed, opened, strict=True) if m.target == rank}
-        return self._told(attempt(lambda: _accept(folder, manifest, received))[1])
 
     def _open(self, folder: Path, manifest: Manifest, needed: Sequence[Move]) -> list[Mapped | None]:
         """By move, the memory that this rank sends or receives; None where it has no part in it."""
@@ -193,9 +214,9 @@ class Search:
                 opened.append(None)
         return opened
 
-    def _publish(self, folder: Path, manifest: Manifest) -> None:
-        if self._r.leads and not (folder / MANIFEST).exists():
-            put(folder / MANIFEST, serialise(manifest))
+    def _publish(self, folder: Path, raw: bytes) -> None:
+        if self._r.leads:
+            put(folder / MANIFEST, raw)  # over a damaged one, too
 
 
 def _accept(folder: Path, manifest: Manifest, received: Mapping[str, Mapped]) -> None:
