@@ -29,7 +29,9 @@ esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# What injects faults has the machine to itself, since it counts seconds; the rest runs on every core, the longest first.
+# What injects faults or measures has the machine to itself, since it counts seconds; the rest runs on every core.
+failed=0
 .venv/bin/python -m pytest -q --durations=10 -n auto --maxprocesses 8 --dist loadfile "${select[@]}" \
-  tests/multiprocess tests/cli tests/unit
-exec .venv/bin/python -m pytest -q --durations=10 "${select[@]}" tests/faults tests/gpu
+  tests/multiprocess tests/cli tests/unit || failed=$?
+.venv/bin/python -m pytest -q --durations=10 "${select[@]}" tests/timed tests/faults tests/gpu || failed=$?
+exit "$failed"
