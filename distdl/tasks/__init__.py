@@ -22,7 +22,9 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "text_classification": TextClassification,
 }
 
-_PARTS = ("build_model", "collate", "count", "loss_sum", "metric_sums")
+_PARTS = ("build_model", "collate", "count", "loss_sum")
+_METRICS = (("metric_sums",), ("measure", "metrics"))
+"""What a task measures with: ratios of sums, or whatever it makes of all batches."""
 
 
 def build_task(
@@ -46,7 +48,9 @@ def build_task(
         raise RecipeError(
             f"task.name = {name!r}: calling it with {sorted(keys)} of the recipe failed: {error}"
         ) from error
-    missing = [part for part in _PARTS if not callable(getattr(task, part, None))]
+    missing = _missing(task, _PARTS)
+    if all(_missing(task, ways) for ways in _METRICS):
+        missing.append("metrics" if callable(getattr(task, "measure", None)) else "metric_sums")
     if missing:
         raise RecipeError(
             f"task.name = {name!r}: a task needs {', '.join(missing)}; see docs/bring-your-own.md"
@@ -54,3 +58,7 @@ def build_task(
     if not hasattr(task, "image_field"):
         task.image_field = None
     return task  # type: ignore[no-any-return]
+
+
+def _missing(task: Any, parts: tuple[str, ...]) -> list[str]:
+    return [part for part in parts if not callable(getattr(task, part, None))]

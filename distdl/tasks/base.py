@@ -54,3 +54,17 @@ class Task(Protocol):
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
         """For evaluation: metric name -> (sum, count) over this batch. Gradients are off."""
+
+
+class Measuring(Protocol):
+    """What a task has instead of `metric_sums` where a metric is no ratio of sums: BLEU, mAP, mIoU."""
+
+    def measure(self, model: nn.Module, batch: Batch) -> Any:
+        """What the metrics need to know of this batch, as JSON: lists and string-keyed dicts of numbers and
+        strings. Gradients are off.
+        """
+
+    def metrics(self, found: list[Any]) -> dict[str, float]:
+        """What `measure` returned of every evaluation batch, once each, in the order of the rows -> metrics by
+        name. Called on every rank, whatever their number, with the same list; draws nothing at random.
+        """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distdl.capabilities import ENGINES
-from distdl.comm import World, share_problem
+from distdl.comm import World, share_problem, together
 from distdl.comm.together import alone
 from distdl.engines.precision import autocast, dtype_of
 from distdl.errors import Stopped
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 BOUNDARY = 8
 """Microbatches between two agreements on stopping and errors."""
+
+
+Measured = Any
+"""What `Task.measure` returns, or sum and count by metric: JSON, since nothing received is unpickled."""
 
 
 class Evaluated(Protocol):
@@ -51,7 +55,7 @@ def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dic
     """
     total = -(-s.plan.eval_rows // s.plan.micro_batch)
     lo, hi = share(total, s.world.rank, s.world.size)
-    found: list[dict[str, tuple[float, int]]] = []
+    found: list[Measured] = []
     problem: Exception | None = None
     halted = False
     # Where a forward communicates, ranks must not enter one that another never will: they agree before each,
@@ -77,17 +81,18 @@ def evaluate(s: Evaluated, stop_agreed: Callable[[], bool] | None = None) -> dic
                 try:
                     # Where it communicates the others are inside this forward: no boundary to tell them at.
                     with alone() if gathers else nullcontext():
-                        sums = measure(s, batch)
+                        measured = measure(s, batch)
                 except Exception as error:
                     if gathers:
                         raise
                     problem = error
                     continue
                 if lo + i < hi:
-                    found.append(sums)
+                    found.append(measured)
         if _agree(s.world, problem, halted):
             return None
-    return _combine([m for part in s.world.gather(found) for m in part])
+    everything = [m for part in s.world.gather(found) for m in part]
+    return together(s.world, lambda: metrics_of(s.task, everything))
 
 
 def _bounds(s: Evaluated, number: int) -> tuple[int, int]:
@@ -108,17 +113,22 @@ def fetch(s: Evaluated, start: int, stop: int) -> Batch:
     return s.engine.place(s.task.collate(Columns(s.eval_rows.gather(np.arange(start, stop)))))
 
 
-def measure(s: Evaluated, batch: Batch) -> dict[str, tuple[float, int]]:
-    """Sum and count of every metric over one batch. Call inside `engine.evaluating`."""
+def measure(s: Evaluated, batch: Batch) -> Measured:
+    """What the task notes of one batch. Call inside `engine.evaluating`."""
     with torch.no_grad(), autocast(s.engine.device.type, dtype_of(s.plan.precision)):
+        if hasattr(s.task, "measure"):
+            return s.task.measure(s.engine.module, batch)
         sums = s.task.metric_sums(s.engine.module, batch)
     return {name: (float(total), int(count)) for name, (total, count) in sums.items()}
 
 
-def _combine(parts: list[dict[str, Any]]) -> dict[str, float]:
-    names = parts[0].keys() if parts else ()
+def metrics_of(task: Task, found: list[Measured]) -> dict[str, float]:
+    """The metrics of all batches, in their order. Local, and the same on every rank."""
+    if hasattr(task, "metrics"):
+        return {name: float(value) for name, value in task.metrics(found).items()}
+    names = found[0].keys() if found else ()
     return {
-        name: exact_sum(p[name][0] for p in parts) / max(sum(p[name][1] for p in parts), 1) for name in names
+        name: exact_sum(m[name][0] for m in found) / max(sum(m[name][1] for m in found), 1) for name in names
     }
 
 

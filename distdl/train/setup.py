@@ -36,7 +36,7 @@ from distdl.tasks import Task, build_task
 from distdl.topology import Topology
 from distdl.train.arithmetic import fingerprint, settle
 from distdl.train.batches import Batches
-from distdl.train.evaluate import fetch, measure
+from distdl.train.evaluate import fetch, measure, metrics_of
 from distdl.train.notices import Notices
 from distdl.train.resume import Identity, Resumed, resume
 from distdl.train.saving import replicas_of, saver_of
@@ -225,7 +225,7 @@ def check_metric(s: Session) -> None:
     """
     batch = together(s.world, lambda: fetch(s, 0, 1))
     with s.engine.evaluating(), alone():  # a forward may communicate
-        found = measure(s, batch)
+        found = metrics_of(s.task, [measure(s, batch)])
     if s.recipe.eval.metric not in found:
         raise RecipeError(
             f"eval.metric = {s.recipe.eval.metric!r}: this task measures {', '.join(found)}"
