@@ -65,6 +65,6 @@ class Measuring(Protocol):
         """
 
     def metrics(self, found: list[Any]) -> dict[str, float]:
-        """What `measure` returned of every evaluation batch, once each, in the order of the rows -> metrics by
-        name. Called on every rank, whatever their number, with the same list; draws nothing at random.
+        """What `measure` returned of every evaluation batch, once each, in the order of the rows -> metrics
+        by name. Called on every rank with the same list, whatever their number; draws nothing at random.
         """
