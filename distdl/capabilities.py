@@ -9,6 +9,7 @@ from distdl.errors import PlanError
 
 if TYPE_CHECKING:
     from distdl.recipe import Recipe
+    from distdl.topology import AccelerateAsks
 
 _ALL_PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -85,7 +86,33 @@ ENGINES: dict[str, Capabilities] = {
 }
 
 
-def check_engine(recipe: Recipe, device: str) -> None:
+def engine_of(recipe: Recipe, asks: AccelerateAsks) -> str:
+    """The engine of a run: the recipe's, or for `accelerate` the one that its own configuration asks for.
+
+    Raises PlanError where that configuration asks for what the recipe does not.
+    """
+    if recipe.hardware.engine != "accelerate":
+        return recipe.hardware.engine
+    if asks.wraps == "megatron":
+        raise PlanError(
+            "Accelerate's configuration asks for Megatron-LM (ACCELERATE_USE_MEGATRON_LM), which distdl does "
+            "not run: choose distributed data parallel, FSDP or DeepSpeed in `accelerate config`"
+        )
+    if asks.precision not in (None, recipe.train.precision):
+        raise PlanError(
+            f"Accelerate's configuration asks for mixed precision {asks.precision!r}, the recipe for "
+            f"train.precision = {recipe.train.precision!r}: make them the same, or set mixed_precision to "
+            "'no', which leaves it to the recipe"
+        )
+    if asks.dynamo is not None and not recipe.hardware.compile:
+        raise PlanError(
+            f"Accelerate's configuration asks to compile the model ({asks.dynamo}), the recipe does not: set "
+            "hardware.compile=true, or its dynamo_backend to 'no'"
+        )
+    return {"ddp": "accelerate", "fsdp": "fsdp", "deepspeed": f"zero{asks.zero_stage}"}[asks.wraps]
+
+
+def check_engine(recipe: Recipe, engine: str, device: str) -> None:
     """Raise PlanError, naming the engines that can, where the recipe asks what its engine cannot do."""
     hardware, train = recipe.hardware, recipe.train
     asked: dict[str, tuple[object, str]] = {
@@ -99,20 +126,20 @@ def check_engine(recipe: Recipe, device: str) -> None:
         "hardware.unused_parameters": (hardware.unused_parameters, "unused_parameters"),
     }
     for key, (value, attribute) in asked.items():
-        allowed = getattr(ENGINES[hardware.engine], attribute)
+        allowed = getattr(ENGINES[engine], attribute)
         if value not in allowed:
             able = [name for name, can in ENGINES.items() if value in getattr(can, attribute)]
             raise PlanError(
-                f"engine {hardware.engine!r} cannot do {key} = {_shown(value)} (it does "
+                f"engine {engine!r} cannot do {key} = {_shown(value)} (it does "
                 f"{', '.join(map(_plain, allowed))}); engines that can: {', '.join(able) or 'none'}"
             )
-    if ":" in recipe.optim.name and True not in ENGINES[hardware.engine].own_optimizers:
+    if ":" in recipe.optim.name and True not in ENGINES[engine].own_optimizers:
         able = [name for name, can in ENGINES.items() if True in can.own_optimizers]
         raise PlanError(
-            f"engine {hardware.engine!r} cannot save the state of an optimiser of your own (optim.name = "
+            f"engine {engine!r} cannot save the state of an optimiser of your own (optim.name = "
             f"{recipe.optim.name!r}); engines that can: {', '.join(able)}"
         )
-    if ENGINES[hardware.engine].flattens and _looks_at_whole_parameters(recipe):
+    if ENGINES[engine].flattens and _looks_at_whole_parameters(recipe):
         fitting = ", ".join(name for name, can in ENGINES.items() if not can.flattens)
         own = (
             ". If it updates each weight by its own gradient and state alone, say optim.elementwise=true"
@@ -120,13 +147,13 @@ def check_engine(recipe: Recipe, device: str) -> None:
             else ""
         )
         raise PlanError(
-            f"engine {hardware.engine!r} hands the optimiser slices of parameters, and optim.name = "
+            f"engine {engine!r} hands the optimiser slices of parameters, and optim.name = "
             f"{recipe.optim.name!r} has to see whole ones; engines that can: {fitting}{own}"
         )
-    if hardware.deepspeed and not hardware.engine.startswith("zero"):
+    if hardware.deepspeed and not engine.startswith("zero"):
         raise PlanError(
-            f"hardware.deepspeed has keys ({', '.join(hardware.deepspeed)}), and hardware.engine = "
-            f"{hardware.engine!r} is not DeepSpeed's: leave them out, or choose one of "
+            f"hardware.deepspeed has keys ({', '.join(hardware.deepspeed)}), and engine {engine!r} is not "
+            f"DeepSpeed's: leave them out, or choose one of "
             f"{', '.join(name for name in ENGINES if name.startswith('zero'))}"
         )
 

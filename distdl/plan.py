@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distdl.capabilities import ENGINES, check_engine
+from distdl.capabilities import ENGINES, check_engine, engine_of
 from distdl.errors import DataError, PlanError, nearest
 from distdl.topology import Topology
 from distdl.zero_config import deepspeed_config
@@ -180,11 +180,12 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     bounds = [train.epochs * per_epoch if train.epochs else None, train.max_steps]
     total = min(b for b in bounds if b is not None)
     device = _device(recipe, topology)
-    check_engine(recipe, device)
+    engine = engine_of(recipe, topology.accelerate)
+    check_engine(recipe, engine, device)
     _check_patience(recipe, topology, data)
     fuse, separate = _fuse(recipe, topology, device)
     plan = Plan(
-        engine=recipe.hardware.engine,
+        engine=engine,
         device=device,
         precision=train.precision,
         threads=_threads(recipe, topology, device),

@@ -20,6 +20,45 @@ from distdl.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)
+class AccelerateAsks:
+    """What Accelerate's own configuration asks for, as `accelerate launch` hands it to its processes.
+
+    `wraps`: "ddp", "fsdp", "deepspeed" or "megatron"; `zero_stage` for DeepSpeed. `precision` and `dynamo`
+    are None where it leaves them open.
+    """
+
+    wraps: str = "ddp"
+    zero_stage: int = 2
+    precision: str | None = None
+    dynamo: str | None = None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> AccelerateAsks:
+        """Read what is asked for from environment variables; without any, DDP and nothing else."""
+        switches = {
+            "fsdp": "ACCELERATE_USE_FSDP",
+            "deepspeed": "ACCELERATE_USE_DEEPSPEED",
+            "megatron": "ACCELERATE_USE_MEGATRON_LM",
+        }
+        on = [name for name, variable in switches.items() if _flag(env, variable)]
+        return cls(
+            wraps=on[0] if on else "ddp",
+            zero_stage=_number(env, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2),
+            precision=_unless_no(env, "ACCELERATE_MIXED_PRECISION"),
+            dynamo=_unless_no(env, "ACCELERATE_DYNAMO_BACKEND"),
+        )
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def _unless_no(env: Mapping[str, str], name: str) -> str | None:
+    value = env.get(name, "no").lower()
+    return None if value == "no" else value
+
+
+@dataclass(frozen=True)
 class Topology:
     """One process's place among the processes of a run, and what its node offers.
 
@@ -40,6 +79,7 @@ class Topology:
     attempt: int = 0
     cpus: int = 1
     gpus: int = 0
+    accelerate: AccelerateAsks = AccelerateAsks()
 
     @property
     def nodes(self) -> int:
@@ -61,9 +101,11 @@ class Topology:
         elif "RANK" in env or "WORLD_SIZE" in env:
             found = _from_torchrun(env)  # raises, naming the one that is missing
         else:
+            _refuse_one_of_several(env)
             found = cls()
         _check(found)
-        return replace(found, cpus=usable_cpus(), gpus=visible_gpus(env))
+        asks = AccelerateAsks.from_env(env)
+        return replace(found, cpus=usable_cpus(), gpus=visible_gpus(env), accelerate=asks)
 
     @classmethod
     def of(cls, nodes: int, procs: int, *, cpus: int | None = None, gpus: int = 0) -> Topology:
@@ -170,6 +212,18 @@ def _from_open_mpi(env: Mapping[str, str]) -> Topology:
         master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
         master_port=_number(env, "MASTER_PORT", 15000 + job * 7 % 16000),
     )
+
+
+def _refuse_one_of_several(env: Mapping[str, str]) -> None:
+    # Accelerate's launcher for CPUs gives an address to meet at where several processes were asked for, and
+    # then starts one, without a rank (accelerate/utils/launch.py, prepare_simple_launcher_cmd_env).
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise EnvironmentProblem(
+            "Accelerate was asked for several processes and has started one (MASTER_ADDR and MASTER_PORT are "
+            "set, WORLD_SIZE is not): `accelerate launch` starts several on GPUs or by mpirun. Start with "
+            "`distdl launch --procs N` or torchrun; where one process is meant, unset MASTER_ADDR and "
+            "MASTER_PORT"
+        )
 
 
 def _check(t: Topology) -> None:

@@ -1,7 +1,7 @@
-"""Hugging Face Accelerate: its own configuration says what wraps the model, or the run does not start.
+"""Hugging Face Accelerate, where its own configuration asks for DDP; for what else it may ask, the plan names
+the engine (`distdl.capabilities.engine_of`).
 
-Accelerate falls back in silence: on a CPU its FSDP and DeepSpeed plugins become DDP, and `accelerate launch
---cpu --num_processes 2` starts one process. So what it has become is held against what was asked for.
+Accelerate falls back in silence, so what it has become is held against what was asked for.
 """
 
 from __future__ import annotations
@@ -24,22 +24,15 @@ if TYPE_CHECKING:
     from distdl.plan import Plan
     from distdl.recipe import Recipe
 
-_INSTEAD = {
-    "ACCELERATE_USE_FSDP": ("FSDP", "hardware.engine=fsdp"),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "another engine"),
-}
-
 
 class AccelerateEngine(DdpEngine):
     """See `Engine`. Accelerate wraps the model; the rest is the recipe's, as in `DdpEngine`: arithmetic,
     accumulation, clipping, optimiser and schedule.
 
-    Raises EngineError where Accelerate is missing, where its configuration asks for something that the
-    recipe does not or that it would not do here, and where it has become something else.
+    Raises EngineError where Accelerate is missing, and where it has become something else.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe, world: World, device: torch.device) -> None:
-        check_configuration(os.environ, recipe.train.precision, compiled=recipe.hardware.compile)
         unused = recipe.hardware.unused_parameters
 
         def wrap(model: nn.Module) -> nn.Module:
@@ -52,52 +45,6 @@ class AccelerateEngine(DdpEngine):
             return check_wrapped(wrapped, world)
 
         super().__init__(plan, recipe, world, device, wrap)
-
-
-def check_configuration(environ: Mapping[str, str], precision: str, *, compiled: bool) -> None:
-    """Hold what `accelerate launch` hands to its processes against the recipe. Raises EngineError."""
-    _refuse_one_of_several(environ)
-    for name, (asked, engine) in _INSTEAD.items():
-        if _flag(environ, name):
-            raise EngineError(
-                f"Accelerate's configuration asks for {asked} ({name}), which hardware.engine=accelerate "
-                f"does not run (on a CPU Accelerate would ignore it in silence): use {engine}, or choose "
-                "distributed data parallel in `accelerate config`"
-            )
-    if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
-        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        raise EngineError(
-            "Accelerate's configuration asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED), which "
-            "hardware.engine=accelerate does not run (on a CPU Accelerate would ignore it in silence): use "
-            f"hardware.engine=zero{stage}, or choose distributed data parallel in `accelerate config`"
-        )
-    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked != "no" and asked != precision:
-        raise EngineError(
-            f"Accelerate's configuration asks for mixed precision {asked!r}, the recipe for "
-            f"train.precision = {precision!r}: make them the same, or set mixed_precision to 'no', which "
-            "leaves it to the recipe"
-        )
-    dynamo = environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if dynamo != "no" and not compiled:
-        raise EngineError(
-            f"Accelerate's configuration asks to compile the model ({dynamo}), the recipe does not: set "
-            "hardware.compile=true, or its dynamo_backend to 'no'"
-        )
-
-
-def _refuse_one_of_several(environ: Mapping[str, str]) -> None:
-    # Its launcher for CPUs gives an address to meet at where several processes were asked for, and then
-    # starts one, without a rank (accelerate/utils/launch.py, prepare_simple_launcher_cmd_env).
-    meets = "MASTER_ADDR" in environ and "MASTER_PORT" in environ
-    placed = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    if "ACCELERATE_USE_CPU" in environ and meets and not any(name in environ for name in placed):
-        raise EngineError(
-            "Accelerate was asked for several processes and has started one (MASTER_ADDR and MASTER_PORT are "
-            "set, WORLD_SIZE is not): `accelerate launch` starts several on GPUs or by mpirun. Start with "
-            "`distdl launch --procs N` or torchrun; where one process is meant, unset MASTER_ADDR and "
-            "MASTER_PORT"
-        )
 
 
 @contextmanager
@@ -194,7 +141,3 @@ def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _flag(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")

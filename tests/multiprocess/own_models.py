@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.tasks import Batch
@@ -27,6 +29,30 @@ class Linear(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
+class Smooth(nn.Module):
+    """A convolutional network without a kink (ReLU, maximum), where rounding alone would choose the side."""
+
+    def __init__(self, in_channels: int, num_outputs: int, norm: str = "group", dropout: float = 0.3) -> None:
+        super().__init__()
+        widths = [in_channels, 4, 8, 16]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths)
+        )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(c) if norm == "batch" else nn.GroupNorm(4, c) for c in widths[1:]
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(16 * 4, num_outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = functional.avg_pool2d(functional.gelu(norm(convolution(x))), 2)
+        x = functional.adaptive_avg_pool2d(x, 2)
+        logits: Tensor = self.head(self.dropout(x.flatten(1)))
         return logits
 
 

@@ -14,12 +14,15 @@ import torch
 
 from distdl.comm import World
 from distdl.engines import build_engine
-from distdl.engines.accelerate import accelerator, check_accelerator, check_configuration
-from distdl.errors import EngineError
+from distdl.engines.accelerate import accelerator, check_accelerator
+from distdl.errors import EngineError, PlanError
 from distdl.pieces import InMemory
+from distdl.plan import DataInfo, make_plan
 from distdl.testing import assert_same_bits, run_world, worst
+from distdl.topology import Topology
 from tests.multiprocess.test_fsdp import Driver, Small, recipe_of, trained
 
+INFO = DataInfo("x", {"train": 100, "test": 10}, {}, "f")
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -78,38 +81,54 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "says"),
+    ("environ", "engine"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "hardware.engine=fsdp"),
-        ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "hardware.engine=zero3"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "train.precision = 'bf16'"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "hardware.compile=true"),
-        ({"ACCELERATE_USE_CPU": "True", **ADDRESS}, "distdl launch --procs N"),
+        ({}, "accelerate"),
+        ({"ACCELERATE_USE_FSDP": "false"}, "accelerate"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "zero2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "true"}, "fsdp"),
     ],
 )
-def test_a_configuration_that_would_not_be_followed_is_refused(environ: dict[str, str], says: str) -> None:
-    with pytest.raises(EngineError, match=says):
-        check_configuration(environ, "bf16", compiled=False)
+def test_its_own_configuration_chooses_what_wraps_the_model(environ: dict[str, str], engine: str) -> None:
+    topology = Topology.from_env(environ)
+    recipe = recipe_of("accelerate", train={"precision": "bf16"})
+    assert make_plan(recipe, topology, INFO).engine == engine
+    other = recipe_of("ddp", train={"precision": "bf16"})
+    assert make_plan(other, topology, INFO).engine == "ddp"  # the recipe has not asked for Accelerate
 
 
-def test_a_configuration_that_agrees() -> None:
-    agrees = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}
-    check_configuration(agrees, "bf16", compiled=False)
-    check_configuration({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "fp32", compiled=True)
-    check_configuration({"ACCELERATE_USE_CPU": "True"}, "fp32", compiled=False)
-    check_configuration({"ACCELERATE_USE_CPU": "True", "WORLD_SIZE": "2", **ADDRESS}, "fp32", compiled=False)
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "train.precision = 'bf16'"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "hardware.compile=true"),
+    ],
+)
+def test_a_configuration_that_the_recipe_contradicts_is_refused(environ: dict[str, str], says: str) -> None:
+    recipe = recipe_of("accelerate", train={"precision": "bf16"})
+    with pytest.raises(PlanError, match=says):
+        make_plan(recipe, Topology.from_env(environ), INFO)
+
+
+def test_what_it_asks_for_meets_the_limits_of_that_engine() -> None:
+    recipe = recipe_of("accelerate", optim={"name": "lamb", "lr": 0.1})
+    make_plan(recipe, Topology(), INFO)
+    with pytest.raises(PlanError, match="engine 'fsdp' hands the optimiser slices"):
+        make_plan(recipe, Topology.from_env({"ACCELERATE_USE_FSDP": "true"}), INFO)
 
 
 CHECK = """
 import os
-from distdl.engines.accelerate import check_configuration
-from distdl.errors import EngineError
-from distdl.pieces import InMemory
+from distdl.errors import EnvironmentProblem
+from distdl.topology import Topology
 
 try:
-    check_configuration(os.environ, "fp32", compiled=False)
+    Topology.from_env(os.environ)
     print("accepted")
-except EngineError as error:
+except EnvironmentProblem as error:
     print("refused:", error)
 """
 

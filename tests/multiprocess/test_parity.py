@@ -40,7 +40,8 @@ def recipe_for(folder: Path, **changes: dict[str, Any]) -> Recipe:
         "run": {"dir": str(folder)},
     }
     for name, section in changes.items():
-        sections[name] = {**sections.get(name, {}), **section}
+        old = {} if "name" in section else sections.get(name, {})
+        sections[name] = {**old, **section}
     return parse_recipe(sections)
 
 
@@ -58,14 +59,21 @@ def results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl"), {name: saved.whole(name) for name in saved.metas}
 
 
+SMOOTH = {"model": {"name": "tests.multiprocess.own_models:Smooth"}}
+"""A sum in another order differs in its last bits. Where an activation is within them of a kink, its gradient
+is on in one run and off in the other, and a bias that few activations move differs by 1e-3: that is not what
+is tested here.
+"""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    return train(tmp_path_factory.mktemp("one"), 1)
+    return train(tmp_path_factory.mktemp("one"), 1, **SMOOTH)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_world_size_does_not_change_the_run(size: int, alone: Any, tmp_path: Path) -> None:
-    rows, tensors = train(tmp_path, size)
+    rows, tensors = train(tmp_path, size, **SMOOTH)
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     for mine, theirs in zip(rows, alone[0], strict=True):
         assert mine["lr"] == theirs["lr"]
