@@ -1,0 +1,207 @@
+"""Train the recipes of the results table to the end, and write the table, docs/results.md.
+
+    python benchmarks/results.py                 what there is, and what is missing
+    python benchmarks/results.py ROW...          train these rows (all: every one that has no figure yet)
+    python benchmarks/results.py --write         only write docs/results.md anew from the figures kept
+
+Two processes each. Stopped at any moment, it goes on where it stood when it is started again: runs resume
+from their checkpoints under runs/results, and finished ones are kept in benchmarks/results/ROW.json. A run is
+measured on the test rows once, at its end, with the last weights: nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distdl.record import write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+DISTDL = [sys.executable, "-m", "distdl"]
+COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<": operator.lt, ">": operator.gt}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: recipes that are trained, and the bound for the mean of their metric."""
+
+    title: str
+    bound: tuple[str, float]
+    runs: tuple[tuple[str, ...], ...]
+    """Each a recipe under configs/ and its overrides."""
+    metric: str = "accuracy"
+    prepare: str = ""
+    """The command that makes the data, where it is more than none."""
+    test_split: str | None = None
+    """Split of the figure, where training evaluates on another."""
+    known: str = ""
+    """A published or simple figure to hold it against, and where it is from."""
+
+
+def seeds(config: str, count: int) -> tuple[tuple[str, ...], ...]:
+    """The same recipe with seeds 1 to `count`."""
+    return tuple((config, f"train.seed={seed}") for seed in range(1, count + 1))
+
+
+FULL = "bash launch/fashion_mnist_full.sh"
+
+ROWS: dict[str, Row] = {
+    "fashion_cnn": Row(
+        "Fashion-MNIST, `cnn5` wide",
+        (">=", 0.93),
+        (("fashion_cnn_full.yaml",),),
+        prepare=FULL,
+        known="two-convolution figures in the dataset's README: 0.876 to 0.939",
+    ),
+}
+
+
+@dataclass
+class Result:
+    """What one run came to."""
+
+    run: list[str]
+    value: float
+    minutes: float
+    commit: str
+    machine: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def kept(name: str) -> list[Result]:
+    """The finished runs of a row, as far as they are those that the row asks for now."""
+    path = KEPT / f"{name}.json"
+    found = [Result(**r) for r in json.loads(path.read_text())] if path.exists() else []
+    return [r for r in found if tuple(r.run) in ROWS[name].runs]
+
+
+def train_row(name: str) -> None:
+    """Train what the row has no figure of yet. Raises CalledProcessError where a run fails."""
+    row, done = ROWS[name], kept(name)
+    if row.prepare and len(done) < len(row.runs):
+        subprocess.run(shlex.split(row.prepare), cwd=ROOT, check=True)
+    for number, run in enumerate(row.runs):
+        if not any(tuple(r.run) == run for r in done):
+            done.append(train(row, run, ROOT / "runs" / "results" / f"{name}-{number}"))
+            KEPT.mkdir(exist_ok=True)
+            write_atomic(KEPT / f"{name}.json", json.dumps([vars(r) for r in done], indent=2) + "\n")
+
+
+def train(row: Row, run: tuple[str, ...], folder: Path) -> Result:
+    """Train one run to its end, or on from where it was stopped, and measure it."""
+    config, *overrides = run
+    recipe = [str(ROOT / "configs" / config), *overrides, f"run.dir={folder}"]
+    clock, begin = folder.with_suffix(".seconds"), time.monotonic()
+    before = float(clock.read_text()) if clock.exists() else 0.0
+    clock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run([*DISTDL, "launch", *recipe, "--procs", "2"], cwd=ROOT, check=True)
+    finally:
+        seconds = before + time.monotonic() - begin
+        write_atomic(clock, f"{seconds:.1f}\n")
+    split = [f"data.eval_split={row.test_split}"] if row.test_split else []
+    measured = subprocess.run(
+        [*DISTDL, "eval", *recipe, *split, "--json"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    metrics = json.loads(measured.stdout)
+    return Result(list(run), metrics[row.metric], seconds / 60, commit(), machine(), _numbers(metrics))
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where files differ from it."""
+    short = _git("rev-parse", "--short=10", "HEAD").strip()
+    return short + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def machine() -> str:
+    """Processor, as far as the system says."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def state(name: str) -> tuple[str, str]:
+    """(figure with its spread, "reached" or what else) of a row, for the list and for the page."""
+    row, done = ROWS[name], kept(name)
+    if len(done) < len(row.runs):
+        return "-", f"{len(done)} of {len(row.runs)} runs"
+    values = [r.value for r in done]
+    figure = f"{statistics.mean(values):.4g}"
+    if len(values) > 1:
+        figure += f" ({min(values):.4g} to {max(values):.4g})"
+    way, bound = row.bound
+    return figure, "reached" if COMPARE[way](statistics.mean(values), bound) else "not reached"
+
+
+HEAD = (
+    "# What the recipes reach",
+    "",
+    "Every figure was trained by `.venv/bin/python benchmarks/results.py ROW`, which also writes this page:",
+    "two processes on two CPU cores, from the recipe named, measured on the test rows once, at the end, with",
+    "the last weights. Figures of several runs are the mean, with the least and the largest.",
+)
+COLUMNS = (
+    "row",
+    "task, data",
+    "metric",
+    "bound",
+    "reached",
+    "minutes a run",
+    "recipe",
+    "commit",
+    "for comparison",
+)
+
+
+def page() -> str:
+    """docs/results.md."""
+    lines = [*HEAD, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for name, row in ROWS.items():
+        done, (figure, how) = kept(name), state(name)
+        minutes = f"{statistics.mean(r.minutes for r in done):.0f}" if done else "-"
+        commits = ", ".join(sorted({f"`{r.commit}`" for r in done})) or "-"
+        recipe = f"[{row.runs[0][0]}](../configs/{row.runs[0][0]})"
+        bound = f"{row.bound[0]} {row.bound[1]:g}"
+        shown = figure if how == "reached" else f"{figure} ({how})"
+        cells = (f"`{name}`", row.title, row.metric, bound, shown, minutes, recipe, commits, row.known or "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, "all", []], metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--write", action="store_true", help="write docs/results.md and do nothing else")
+    options = parser.parse_args()
+    rows = list(ROWS) if "all" in options.rows else options.rows
+    for name in rows:
+        train_row(name)
+    if rows or options.write:
+        write_atomic(PAGE, page())
+    for name, row in ROWS.items():
+        figure, how = state(name)
+        print(f"{name:24} {row.metric:12} {row.bound[0]} {row.bound[1]:<7g} {figure:28} {how}")
+
+
+if __name__ == "__main__":
+    main()
