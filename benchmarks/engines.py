@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from distdl.capabilities import ENGINES
 from distdl.comm import World
+from distdl.engines.blocks import sharded_units
 from distdl.models.cnn5 import Cnn5
 from distdl.recipe import Recipe, load_recipe
 from distdl.testing import run_world
@@ -54,7 +55,8 @@ def network(layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
 
 def fsdp_by_hand(world: World, images: Tensor, labels: Tensor) -> Step:
     model = network()
-    fully_shard(model.hidden)
+    for unit in sharded_units(model):
+        fully_shard(unit)
     fully_shard(model)
     optimizer, draw = torch.optim.SGD(model.parameters(), **SGD), batches(world, images, labels)
 
