@@ -11,16 +11,47 @@ from torch import nn
 
 from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
+from distdl.models.autoencoder import Autoencoder, ConvAutoencoder
+from distdl.models.centernet import CenterNet
+from distdl.models.cnn import Cnn, Crnn
 from distdl.models.cnn5 import Cnn5
+from distdl.models.image_rnn import ImageRnn
 from distdl.models.lstm import Recurrent
+from distdl.models.resnet import ResNet
+from distdl.models.unet import UNet
 
 ModelFactory = Callable[..., nn.Module]
-"""Called by a task: of images ``factory(in_channels=..., num_outputs=..., input_shape=...)``, of tokens
+"""Called by a task: to classify images ``factory(in_channels=..., num_outputs=..., input_shape=...)``, to
+segment them with ``num_pixel_classes`` and to detect objects with ``num_object_classes`` in the place of
+``num_outputs``, to reconstruct them ``factory(input_shape=...)``; of tokens
 ``factory(vocabulary=..., num_outputs=...)``."""
 
 
-def _cnn5(in_channels: int, num_outputs: int, input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
-    return Cnn5(in_channels, num_outputs, **keys)
+def _of_images(model: ModelFactory) -> ModelFactory:
+    def build(in_channels: int, num_outputs: int, input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
+        said = {"in_channels": in_channels, "num_outputs": num_outputs, "input_shape": input_shape}
+        made: nn.Module = call_with_known(model, said, keys)
+        return made
+
+    return build
+
+
+def _unet(in_channels: int, num_pixel_classes: int, input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
+    return UNet(in_channels, num_pixel_classes, **keys)
+
+
+def _centernet(
+    in_channels: int, num_object_classes: int, input_shape: tuple[int, ...], **keys: Any
+) -> nn.Module:
+    return CenterNet(in_channels, num_object_classes, **keys)
+
+
+def _autoencoder(input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
+    return Autoencoder(input_shape, **keys)
+
+
+def _conv_autoencoder(input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
+    return ConvAutoencoder(input_shape, **keys)
 
 
 def _recurrent(cell: str) -> ModelFactory:
@@ -31,10 +62,18 @@ def _recurrent(cell: str) -> ModelFactory:
 
 
 BUILT_IN: dict[str, ModelFactory] = {
-    "cnn5": _cnn5,
+    "cnn5": _of_images(Cnn5),
     "lstm": _recurrent("lstm"),
     "gru": _recurrent("gru"),
     "rnn": _recurrent("rnn"),
+    "cnn": _of_images(Cnn),
+    "crnn": _of_images(Crnn),
+    "image_rnn": _of_images(ImageRnn),
+    "resnet": _of_images(ResNet),
+    "unet": _unet,
+    "centernet": _centernet,
+    "autoencoder": _autoencoder,
+    "conv_autoencoder": _conv_autoencoder,
 }
 
 
@@ -80,4 +119,4 @@ def _built_in(name: str, keys: dict[str, Any], **offered: Any) -> nn.Module:
 
 def _takes(factory: ModelFactory, offered: dict[str, Any]) -> bool:
     needed = {p.name for p in signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    return needed <= set(offered)
+    return needed == set(offered)

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-def _norm(kind: str, channels: int) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "group":
-        return nn.GroupNorm(math.gcd(8, channels), channels)  # any width can be divided so
-    return nn.Identity()
+from distdl.models.layers import norm_of
 
 
 class Cnn5(nn.Module):
@@ -39,7 +32,7 @@ class Cnn5(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1, bias=norm == "none") for a, b in itertools.pairwise(widths)
         )
-        self.norms = nn.ModuleList(_norm(norm, c) for c in widths[1:])
+        self.norms = nn.ModuleList(norm_of(norm, c) for c in widths[1:])
         self.hidden = nn.Linear(4 * width * 4, hidden)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, num_outputs)

@@ -39,6 +39,12 @@ class ImageClassification(NamedSection):
 
     name: Literal["image_classification"] = Field(description="The task.")
     label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
+    mixup: NotNegative = Field(
+        0.0, description="Blend images of a microbatch: both parameters of the Beta distribution. 0: off."
+    )
+    cutmix: NotNegative = Field(
+        0.0, description="Paste a part of one image into another: likewise. With mixup, one or the other."
+    )
 
 
 class TextClassification(NamedSection):
@@ -47,6 +53,35 @@ class TextClassification(NamedSection):
     name: Literal["text_classification"] = Field(description="The task.")
     label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
     vocabulary: Count | None = Field(None, description="Different token ids. Null: as the dataset says.")
+
+
+class Segmentation(NamedSection):
+    """A class for every pixel, by cross-entropy; the metrics are miou, dice, accuracy and loss."""
+
+    name: Literal["segmentation"] = Field(description="The task.")
+    num_classes: Count = Field(description="Classes in the mask, background included: pixels 0 to this - 1.")
+    image: Text = Field("image", description="Column of the images.")
+    mask: Text = Field("mask", description="Column of the masks: a class for every pixel (uint8).")
+    ignore: Natural = Field(255, description="Mask value of pixels that are not counted.")
+
+
+class Detection(NamedSection):
+    """Boxes and classes of the objects in an image, as centres; the metrics are map, map_50 and map_75."""
+
+    name: Literal["detection"] = Field(description="The task.")
+    num_classes: Count = Field(description="Classes of objects, 0 to this - 1; there is none for background.")
+    image: Text = Field("image", description="Column of the images.")
+    boxes: Text = Field("boxes", description="Column of the boxes: left, top, right, bottom, in pixels.")
+    classes: Text = Field("classes", description="Column of the objects' classes.")
+    max_objects: Count = Field(128, description="Objects that an image may have.")
+    max_detections: Count = Field(100, description="Detections of an image that are measured, best first.")
+
+
+class Reconstruction(NamedSection):
+    """Images from themselves, by squared error; the metrics are squared_error (an image) and pixel_error."""
+
+    name: Literal["reconstruction"] = Field(description="The task.")
+    image: Text | None = Field(None, description="Column of the images. Null: the only one.")
 
 
 class ImportedTask(NamedSection):
@@ -81,6 +116,100 @@ class Recurrent(NamedSection):
     pooling: Literal["last", "mean", "max"] = Field(
         "last", description="What the head sees of a sequence: its last state, or all states pooled."
     )
+
+
+class Cnn(NamedSection):
+    """A plain stack of convolutions of one width, and a linear head on the whole of the last feature map."""
+
+    name: Literal["cnn"] = Field(description="The model.")
+    layers: Count = Field(5, description="Convolutions.")
+    kernel: Count = Field(3, description="Pixels of a convolution, down and across.")
+    width: Count = Field(32, description="Channels (kernels) of every convolution.")
+    padding: bool = Field(False, description="Keep the size of the image, with zeros around it.")
+    norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
+
+
+class Crnn(Cnn):
+    """A plain stack of convolutions, and recurrent layers that read the rows of its feature map."""
+
+    name: Literal["crnn"] = Field(description="The model.")  # type: ignore[assignment]
+    cell: Literal["lstm", "gru", "rnn"] = Field("lstm", description="What the recurrent layers are made of.")
+    hidden: Count = Field(128, description="Units of a recurrent layer.")
+    recurrent_layers: Count = Field(1, description="Recurrent layers.")
+
+
+class ImageRnn(NamedSection):
+    """An image as a sequence of rows, read by blocks of recurrent layers with a way around each block."""
+
+    name: Literal["image_rnn"] = Field(description="The model.")
+    steps: Count = Field(28, description="Rows to which the image is pooled: inputs of the sequence.")
+    features: Count = Field(28, description="Numbers to which each row is pooled.")
+    blocks: Count = Field(1, description="Blocks of recurrent layers.")
+    layers: Count = Field(1, description="Recurrent layers of a block.")
+    hidden: Count = Field(128, description="Units of a recurrent layer.")
+    cell: Literal["lstm", "gru", "rnn"] = Field("lstm", description="What the recurrent layers are made of.")
+    outputs: Count | None = Field(None, description="Outputs of the head. Null: one for each class.")
+
+
+_Depth = Literal[18, 34, 50, 101, 152, 20, 32, 44, 56, 110]
+
+
+class ResNet(NamedSection):
+    """A residual network (He et al., 2016)."""
+
+    name: Literal["resnet"] = Field(description="The model.")
+    depth: _Depth = Field(
+        18, description="Layers: 18 to 152 in four stages; 20, 32, 44, 56, 110 in three, for small images."
+    )
+    stem: Literal["imagenet", "cifar"] | None = Field(
+        None, description="First layers: 7x7 and pooling, or one 3x3. Null: as is usual for the depth."
+    )
+    width: Count | None = Field(
+        None, description="Channels of the first stage. Null: 64 in four stages, 16 in three."
+    )
+    norm: Literal["batch", "group"] = Field("batch", description="Normalisation after convolutions.")
+    dropout: Fraction = Field(0.0, description="Probability of dropping an activation before the last layer.")
+
+
+class UNet(NamedSection):
+    """A class for every pixel, seen at several scales (Ronneberger et al., 2015)."""
+
+    name: Literal["unet"] = Field(description="The model.")
+    width: Count = Field(64, description="Channels at full size; each halving doubles them.")
+    levels: Count = Field(4, description="Halvings of the image.")
+    norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
+
+
+class CenterNet(NamedSection):
+    """Objects as points: a score for each cell and class, offset and size (Zhou et al., 2019)."""
+
+    name: Literal["centernet"] = Field(description="The model.")
+    depth: _Depth = Field(18, description="Layers of the residual network that sees the image.")
+    stem: Literal["imagenet", "cifar"] = Field(
+        "imagenet", description="Its first layers: 7x7 and pooling, or one 3x3."
+    )
+    width: Count = Field(64, description="Channels of its first stage.")
+    norm: Literal["batch", "group"] = Field("batch", description="Normalisation after convolutions.")
+    hidden: Count = Field(64, description="Channels between the last feature map and each output.")
+
+
+class Autoencoder(NamedSection):
+    """An image through a few numbers and back, fully connected."""
+
+    name: Literal["autoencoder"] = Field(description="The model.")
+    hidden: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
+        (1000, 500, 250), description="Units of each layer before the code; behind it in reverse order."
+    )
+    code: Count = Field(30, description="Numbers that stand for an image.")
+
+
+class ConvAutoencoder(NamedSection):
+    """An image through a few numbers and back, with convolutions."""
+
+    name: Literal["conv_autoencoder"] = Field(description="The model.")
+    width: Count = Field(32, description="Channels of the first convolution; the second has twice as many.")
+    code: Count = Field(30, description="Numbers that stand for an image.")
+    norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
 
 
 class ImportedModel(NamedSection):
@@ -217,6 +346,9 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
     "task": {
         "image_classification": ImageClassification,
         "text_classification": TextClassification,
+        "segmentation": Segmentation,
+        "detection": Detection,
+        "reconstruction": Reconstruction,
         IMPORT_PATH: ImportedTask,
     },
     "model": {
@@ -224,6 +356,14 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "lstm": Recurrent,
         "gru": Recurrent,
         "rnn": Recurrent,
+        "cnn": Cnn,
+        "crnn": Crnn,
+        "image_rnn": ImageRnn,
+        "resnet": ResNet,
+        "unet": UNet,
+        "centernet": CenterNet,
+        "autoencoder": Autoencoder,
+        "conv_autoencoder": ConvAutoencoder,
         IMPORT_PATH: ImportedModel,
     },
     "optim": {
@@ -253,6 +393,9 @@ def _by_name(section: str) -> Callable[[Any], str | None]:
 Task = Annotated[
     Annotated[ImageClassification, Tag("image_classification")]
     | Annotated[TextClassification, Tag("text_classification")]
+    | Annotated[Segmentation, Tag("segmentation")]
+    | Annotated[Detection, Tag("detection")]
+    | Annotated[Reconstruction, Tag("reconstruction")]
     | Annotated[ImportedTask, Tag(IMPORT_PATH)],
     Discriminator(_by_name("task")),
 ]
@@ -261,6 +404,14 @@ Model = Annotated[
     | Annotated[Recurrent, Tag("lstm")]
     | Annotated[Recurrent, Tag("gru")]
     | Annotated[Recurrent, Tag("rnn")]
+    | Annotated[Cnn, Tag("cnn")]
+    | Annotated[Crnn, Tag("crnn")]
+    | Annotated[ImageRnn, Tag("image_rnn")]
+    | Annotated[ResNet, Tag("resnet")]
+    | Annotated[UNet, Tag("unet")]
+    | Annotated[CenterNet, Tag("centernet")]
+    | Annotated[Autoencoder, Tag("autoencoder")]
+    | Annotated[ConvAutoencoder, Tag("conv_autoencoder")]
     | Annotated[ImportedModel, Tag(IMPORT_PATH)],
     Discriminator(_by_name("model")),
 ]

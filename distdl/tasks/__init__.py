@@ -12,7 +12,10 @@ from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
 from distdl.plan import DataInfo
 from distdl.tasks.base import Batch, Columns, Rows, Task
+from distdl.tasks.detection import Detection
 from distdl.tasks.image_classification import ImageClassification
+from distdl.tasks.reconstruction import Reconstruction
+from distdl.tasks.segmentation import Segmentation
 from distdl.tasks.text_classification import TextClassification
 
 __all__ = ["BUILT_IN", "Batch", "Columns", "Rows", "Task", "build_task"]
@@ -20,6 +23,9 @@ __all__ = ["BUILT_IN", "Batch", "Columns", "Rows", "Task", "build_task"]
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "image_classification": ImageClassification,
     "text_classification": TextClassification,
+    "segmentation": Segmentation,
+    "detection": Detection,
+    "reconstruction": Reconstruction,
 }
 
 _PARTS = ("build_model", "collate", "count", "loss_sum")

@@ -10,47 +10,58 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo, Field
+from distdl.plan import DataInfo
 from distdl.tasks.base import Batch, Rows
+from distdl.tasks.mixing import blend
+from distdl.tasks.pictures import Pictures, is_image, words
 
 
 class ImageClassification:
     """Rows with one image column (uint8, [H, W], [H, W, C] or [C, H, W]) and one class-label column.
 
-    Pixels 0..255 become floats in [-1, 1].
+    Pixels 0..255 become floats in [-1, 1]. With `mixup` or `cutmix` (see `blend`) an image is trained on as a
+    blend of two of its microbatch, and the loss is that of both labels by their shares. Each microbatch draws
+    its own share, so microbatches are then not run as one.
     """
 
     def __init__(
-        self, make_model: Callable[..., nn.Module], data_info: DataInfo, label_smoothing: float = 0.0
+        self,
+        make_model: Callable[..., nn.Module],
+        data_info: DataInfo,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         self._make_model = make_model
         self._smoothing = label_smoothing
+        self._mixup, self._cutmix = mixup, cutmix
         self.image_field, self._label_field = _columns(data_info)
         self._num_classes = data_info.fields[self._label_field].num_classes
-        shape = tuple(n for n in data_info.fields[self.image_field].shape if n is not None)
-        self._channels_last = len(shape) == 3 and shape[0] > 4
-        self._input_shape = _channels_first(shape)
+        self._pictures = Pictures(data_info.fields[self.image_field])
 
     def build_model(self) -> nn.Module:
-        return self._make_model(
-            in_channels=self._input_shape[0], num_outputs=self._num_classes, input_shape=self._input_shape
-        )
+        shape = self._pictures.input_shape
+        return self._make_model(in_channels=shape[0], num_outputs=self._num_classes, input_shape=shape)
 
     def collate(self, rows: Rows) -> Batch:
-        pixels = rows[self.image_field]
-        if self._channels_last:
-            pixels = np.moveaxis(pixels, -1, 1)
-        images = torch.from_numpy(np.ascontiguousarray(pixels)).view(-1, *self._input_shape)
-        images = images.to(torch.float32).mul_(2 / 255).sub_(1)
+        images = self._pictures(rows[self.image_field]).mul_(2 / 255).sub_(1)
         return {"images": images, "labels": torch.from_numpy(rows[self._label_field].astype(np.int64))}
 
     def count(self, batch: Batch) -> int:
         return batch["labels"].shape[0]
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch["images"])
+        images, labels = batch["images"], batch["labels"]
+        if not (self._mixup or self._cutmix):
+            return self._cross_entropy(model(images), labels)
+        images, order, share = blend(images, self._mixup, self._cutmix)
+        logits = model(images)
+        other = self._cross_entropy(logits, labels[order])
+        return share * self._cross_entropy(logits, labels) + (1 - share) * other
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(
-            logits.float(), batch["labels"], reduction="sum", label_smoothing=self._smoothing
+            logits.float(), labels, reduction="sum", label_smoothing=self._smoothing
         )
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
@@ -62,31 +73,12 @@ class ImageClassification:
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:
-    images = [n for n, f in data.fields.items() if _is_image(f)]
+    images = [n for n, f in data.fields.items() if is_image(f)]
     labels = [n for n, f in data.fields.items() if f.num_classes and not f.shape]
     if len(images) == 1 and len(labels) == 1:
         return images[0], labels[0]
-    has = ", ".join(f"{n} ({_words(f)})" for n, f in data.fields.items())
     raise DataError(
         f"task image_classification needs one uint8 image column of two or three dimensions, all of one "
-        f"size, and one ClassLabel column; dataset {data.name!r} has {has}. `distdl data prepare` with "
-        "--image-size, --classes and --columns makes them"
+        f"size, and one ClassLabel column; dataset {data.name!r} has {words(data)}. `distdl data prepare` "
+        "with --image-size, --classes and --columns makes them"
     )
-
-
-def _words(field: Field) -> str:
-    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
-    classes = f" of {field.num_classes} classes" if field.num_classes else ""
-    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"
-
-
-def _is_image(field: Field) -> bool:
-    return field.dtype == "uint8" and len(field.shape) in (2, 3) and None not in field.shape
-
-
-def _channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(shape) == 2:
-        return (1, shape[0], shape[1])
-    if shape[0] <= 4:
-        return (shape[0], shape[1], shape[2])
-    return (shape[2], shape[0], shape[1])

@@ -24,6 +24,7 @@ import yaml
 from distdl import errors
 from distdl.checkpoint.write import COPIED
 from distdl.cli import commands
+from distdl.data import CATALOGUE
 from distdl.errors import DataError
 from distdl.plan import DataInfo, Field, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
@@ -32,7 +33,7 @@ from distdl.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 BASE = "configs/fashion_cnn.yaml"
 SECTIONS = tuple(Recipe.model_fields)
@@ -344,6 +345,10 @@ def test_every_recipe_loads_and_plans(it: Path, monkeypatch: pytest.MonkeyPatch)
     assert make_plan(recipe, Topology.of(1, 2, cpus=2), rows).world_size == 2
     if recipe.data.path and not Path(recipe.data.path).exists():  # data that a script fetches
         with pytest.raises(DataError, match="does not exist"):
+            commands._plan(recipe, 1, 2)
+    elif recipe.data.name and CATALOGUE[recipe.data.name].embedded is None:  # data from a hub
+        monkeypatch.setenv("DISTDL_DATA", "/nowhere")
+        with pytest.raises(DataError, match="is not prepared"):
             commands._plan(recipe, 1, 2)
     else:
         assert commands._plan(recipe, 1, 2).world_size == 2
