@@ -106,17 +106,22 @@ def model_factory(name: str, keys: dict[str, Any]) -> ModelFactory:
 
 
 def _built_in(name: str, keys: dict[str, Any], **offered: Any) -> nn.Module:
-    try:
-        signature(BUILT_IN[name]).bind(**offered, **keys)
-    except TypeError as error:
+    if not _takes(BUILT_IN[name], offered):
         able = [other for other, factory in BUILT_IN.items() if _takes(factory, offered)]
         raise RecipeError(
-            f"model.name = {name!r} does not read what the task has: {error}; the task says "
-            f"{', '.join(offered)}. Models that do: {', '.join(able)}"
-        ) from error
+            f"model.name = {name!r} does not read what the task has: it reads "
+            f"{', '.join(_reads(BUILT_IN[name])[1])}; the task says {', '.join(offered)}. Models that do: "
+            f"{', '.join(able)}"
+        )
     return BUILT_IN[name](**offered, **keys)
 
 
 def _takes(factory: ModelFactory, offered: dict[str, Any]) -> bool:
-    needed = {p.name for p in signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    return needed == set(offered)
+    needed, read = _reads(factory)
+    return needed <= set(offered) <= set(read)
+
+
+def _reads(factory: ModelFactory) -> tuple[set[str], list[str]]:
+    """What a task has to say, and what it may say; the rest are keys of the recipe."""
+    said = [p for p in signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return {p.name for p in said if p.default is p.empty}, [p.name for p in said]

@@ -107,8 +107,9 @@ class Detection:
     def _check(self, boxes: Any, classes: Any) -> None:
         """Raises DataError for what cannot be learnt from."""
         where = f"columns {self._boxes!r} and {self._classes!r}"
-        if not np.array_equal(boxes.lengths, classes.lengths):
-            raise DataError(f"{where}: a row has {boxes.lengths} boxes and {classes.lengths} classes")
+        for k, n in zip(boxes.lengths, classes.lengths, strict=True):
+            if k != n:
+                raise DataError(f"{where}: a row has {k} boxes and {n} classes; expected as many of both")
         longest = int(boxes.lengths.max(initial=0))
         if longest > self._most_objects:
             raise DataError(f"{where}: a row has {longest} objects; set task.max_objects to that or more")

@@ -108,7 +108,9 @@ def test_layers_are_single_so_that_engines_can_shard_them() -> None:
 
 
 def test_a_model_that_does_not_read_what_the_task_has() -> None:
-    with pytest.raises(RecipeError, match=r"'cnn5' does not read.*'in_channels'.*vocabulary.*lstm, gru, rnn"):
+    with pytest.raises(
+        RecipeError, match=r"'cnn5' does not read.*reads in_channels.*says vocabulary.*lstm, gru, rnn"
+    ):
         model_factory("cnn5", {})(vocabulary=9, num_outputs=2)
-    with pytest.raises(RecipeError, match=r"'gru' does not read.*'vocabulary'.*input_shape.*: cnn5"):
+    with pytest.raises(RecipeError, match=r"'gru' does not read.*reads vocabulary.*input_shape.*: cnn5"):
         model_factory("gru", {})(in_channels=1, num_outputs=2, input_shape=(1, 2, 2))

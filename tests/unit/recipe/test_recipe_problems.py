@@ -70,9 +70,8 @@ def refusal(text: str = BASE, *overrides: str) -> str:
         ),
         (
             "name: cnn5",
-            "name: cnn",
-            "x.yaml:2: model.name = \"cnn\": unknown model; did you mean 'cnn5' or 'rnn'? known: "
-            "cnn5, lstm, gru, rnn; for a model of your own give its import path, package.module:attribute",
+            "name: resnett",
+            "x.yaml:2: model.name = \"resnett\": unknown model; did you mean 'resnet'? known: cnn5, ",
         ),
         (
             "name: cnn5",

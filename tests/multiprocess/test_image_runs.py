@@ -1,0 +1,141 @@
+"""Every recipe for images, with a smaller network on a slice of data: it learns, alike at any world size."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from distdl.comm import World
+from distdl.data.catalogue import CATALOGUE
+from distdl.recipe import Recipe, load_recipe, parse_recipe
+from distdl.testing import assert_same_bits, run_world
+from tests.multiprocess.test_parity import results
+from tests.runs import train_rank
+
+# Trains twenty-two times.
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 10
+GARMENTS, SCENES = "garments", "scenes"
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "fashion_resnet": (GARMENTS, {"width": 4}),
+    "cifar100_resnet18": (GARMENTS, {"width": 4}),
+    "mnist_cnn5": (GARMENTS, {"width": 4}),
+    "reference/cnn5": (GARMENTS, {"width": 4}),
+    "reference/cnn20": (GARMENTS, {}),
+    "reference/cnn20_rnn1": (GARMENTS, {"hidden": 16}),
+    "reference/rnn5": (GARMENTS, {"hidden": 16}),
+    "mnist_autoencoder": (GARMENTS, {"hidden": [64], "code": 8}),
+    "fashion_conv_autoencoder": (GARMENTS, {"width": 4}),
+    "scenes_unet": (SCENES, {"width": 4, "levels": 2}),
+    "scenes_centernet": (SCENES, {"width": 4, "hidden": 16}),
+}
+"""Recipe -> what it is trained on here, and what is smaller."""
+
+
+def scenes_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scenes", ROOT / "benchmarks" / "scenes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `garments`, 48 + 16 of the images that come with the package, and `scenes` composed of them."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / GARMENTS).mkdir()
+    embedded = CATALOGUE["fashion_mnist"].embedded
+    assert embedded is not None
+    for split, rows in (("train", 48), ("test", 16)):
+        table = pq.read_table(embedded / f"{split}.parquet").slice(0, rows)
+        pq.write_table(table, folder / GARMENTS / f"{split}.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTDL_CACHE", str(folder / "cache"))
+        scenes_script().compose(str(folder / GARMENTS), folder / SCENES, {"train": 48, "test": 16}, seed=7)
+    return folder
+
+
+def small(name: str, data: Path, folder: Path) -> Recipe:
+    """The recipe as it stands, but for its size, its length and a learning rate for so few steps."""
+    kind, model = SMALL[name]
+    sections = load_recipe(ROOT / "configs" / f"{name}.yaml").model_dump(mode="json", by_alias=True)
+    sections["model"] |= model
+    sections["data"] |= {"name": None, "path": str(data / kind)}
+    sections["data"] |= {"train_split": "train", "eval_split": "test"}
+    sections["batch"] = {"global": 16, "micro": 4}
+    sections["optim"] = {"name": "adamw", "lr": 0.003}
+    sections["schedule"] = {"name": "constant"}
+    sections["train"] = {"max_steps": STEPS, "seed": 3, "reduction": "exact"}
+    sections["checkpoint"] = {"every_epochs": None}
+    sections["eval"] |= {"every_epochs": None}
+    sections["track"] = {"every_steps": 1}
+    sections["hardware"] = {"threads": 1, "device": "cpu"}
+    sections["run"] = {"dir": str(folder / name)}
+    return parse_recipe(sections)
+
+
+def train_all(world: World, recipes: list[Recipe]) -> list[int]:
+    return [train_rank(world, recipe) for recipe in recipes]
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """World size -> the folder with a run of every recipe."""
+    found = {}
+    for size in (1, 2):
+        found[size] = tmp_path_factory.mktemp(f"world{size}")
+        recipes = [small(name, data, found[size]) for name in SMALL]
+        cache = {"DISTDL_CACHE": str(data / "cache")}
+        codes = run_world(train_all, size, recipes, deadline_s=200, env=cache)
+        assert codes == [[0] * len(recipes)] * size
+    return found
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_it_learns_and_two_processes_do_the_same_to_the_bit(name: str, runs: dict[int, Path]) -> None:
+    alone, tensors = results(runs[1] / name)
+    together, others = results(runs[2] / name)
+    assert_same_bits(others, tensors)
+    assert [row["loss"] for row in together] == [row["loss"] for row in alone]
+    losses = [row["loss"] for row in alone]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    measured = {key: value for key, value in alone[-1].items() if key.startswith("eval_")}
+    assert measured
+    assert all(math.isfinite(value) for value in measured.values())
+    assert measured == {key: together[-1][key] for key in measured}
+
+
+def test_scenes_are_made_of_whole_garments_that_do_not_overlap(data: Path, tmp_path: Path) -> None:
+    from distdl.data import open_split, ready
+
+    found = ready(None, data / SCENES)
+    rows = open_split(found, "test", None).gather(np.arange(16))
+    boxes, classes = rows["boxes"].tolist(), rows["classes"].tolist()
+    assert {len(some) for some in boxes} <= {1, 2, 3, 4}
+    for image, mask, some, labels in zip(rows["image"], rows["mask"], boxes, classes, strict=True):
+        painted = np.zeros_like(mask)
+        for (left, top, right, bottom), label in zip(some, labels, strict=True):
+            inside = np.s_[int(top) : int(bottom), int(left) : int(right)]
+            assert not painted[inside].any()
+            painted[inside] = mask[inside]
+            assert set(np.unique(mask[inside])) <= {0, label + 1}
+            edges = mask[inside][0], mask[inside][-1], mask[inside][:, 0], mask[inside][:, -1]
+            assert all(edge.any() for edge in edges)
+        assert np.array_equal(painted, mask)
+        assert np.array_equal(mask > 0, image > 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTDL_CACHE", str(data / "cache"))
+        scenes_script().compose(str(data / GARMENTS), tmp_path / "again", {"train": 48, "test": 16}, seed=7)
+    assert ready(None, tmp_path / "again").info.fingerprint == found.info.fingerprint
