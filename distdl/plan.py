@@ -17,6 +17,10 @@ from distdl.zero_config import deepspeed_config
 
 if TYPE_CHECKING:
     from distdl.recipe import Recipe
+    from distdl.recipe.schema import Data
+
+PACKED = ("packed", "lanes")
+"""The orders whose rows are documents end to end, cut into one length."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,11 @@ def make_plan(recipe: Recipe, topology: Topology, data: DataInfo) -> Plan:
     order, sequence = _order(recipe, data), sequence_column(recipe, data)
     train_rows = _samples(recipe, data, order, sequence, "train_split")
     eval_rows = _samples(recipe, data, order, sequence, "eval_split")
-    dropped = train_rows % batch.global_ if recipe.data.drop_last else 0
+    lanes = order == "lanes"
+    dropped = train_rows % batch.global_ if recipe.data.drop_last or lanes else 0
     if train_rows - dropped == 0:
+        if lanes:
+            raise _too_few_windows(recipe, train_rows, topology.world_size)
         fits = train_rows // batch.micro * batch.micro
         smaller = f"batch.global to at most {fits}, or " if fits >= batch.micro * topology.world_size else ""
         raise PlanError(
@@ -219,6 +226,7 @@ def _fuse(recipe: Recipe, topology: Topology, device: str) -> tuple[int, str | N
     """How many neighbouring microbatches a pass takes at most, and what forbids more than one."""
     batch, hardware = recipe.batch, recipe.hardware
     for forbids, why in (
+        (recipe.data.order == "lanes", "data.order: lanes hands state on from one microbatch to the next"),
         (recipe.train.reduction == "exact", "train.reduction: exact adds gradients microbatch by microbatch"),
         (hardware.gradient_checkpointing, "hardware.gradient_checkpointing saves memory, which this takes"),
         (hardware.compile, "hardware.compile fixes what a pass computes"),
@@ -321,7 +329,7 @@ def sequence_column(recipe: Recipe, data: DataInfo) -> str | None:
     is needed and not there, or not the only one.
     """
     given = recipe.data.sequence
-    by_length = recipe.data.order in ("length_bucketed", "packed")
+    by_length = recipe.data.order in ("length_bucketed", *PACKED)
     found = [name for name, f in data.fields.items() if f.shape[:1] == (None,)]
     if given is not None:
         able = found if by_length else [name for name, f in data.fields.items() if f.shape]
@@ -348,23 +356,38 @@ def packed_rows(elements: int, length: int) -> int:
     return -(-max(elements - 1, 0) // length)
 
 
+def pack_length(data: Data, split: str) -> int:
+    """Targets in one packed row of `split`: those that are evaluated alone may be longer."""
+    assert data.pack_length is not None, "the recipe says how long"
+    return data.pack_length if split == data.train_split else data.eval_pack_length or data.pack_length
+
+
+def _too_few_windows(recipe: Recipe, rows: int, world_size: int) -> PlanError:
+    batch, length = recipe.batch, recipe.data.pack_length
+    fits = rows // batch.micro * batch.micro
+    smaller = f"batch.global to at most {fits}, or " if fits >= batch.micro * world_size else ""
+    return PlanError(
+        f"data.order = 'lanes': the training text has {rows} windows of data.pack_length = {length} tokens, "
+        f"fewer than batch.global = {batch.global_} lanes: set {smaller}data.pack_length to less"
+    )
+
+
 def _samples(recipe: Recipe, data: DataInfo, order: str, sequence: str | None, which: str) -> int:
     """Samples of one epoch of training, or of the evaluation."""
     split, key = getattr(recipe.data, which), f"data.{which}"
     rows = _rows(data, split, key)
     if order == "weighted" and which == "train_split":
         return recipe.data.epoch_rows or rows
-    if order != "packed":
+    if order not in PACKED:
         return rows
     assert sequence is not None
-    assert recipe.data.pack_length is not None
     elements = data.elements.get(split, {}).get(sequence)
     if elements is None:
         raise DataError(
-            f"data.order = 'packed' needs to know how many tokens {data.name!r} has, and only a prepared "
+            f"data.order = {order!r} needs to know how many tokens {data.name!r} has, and only a prepared "
             "dataset says so: run `distdl data prepare` on it"
         )
-    packed = packed_rows(elements, recipe.data.pack_length)
+    packed = packed_rows(elements, pack_length(recipe.data, split))
     if not packed:
         raise DataError(f"{key} = {split!r}: column {sequence!r} has {elements} tokens; two are the least")
     return packed

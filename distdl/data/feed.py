@@ -20,7 +20,7 @@ from distdl.data.table.arrow import choose
 from distdl.data.table.rows import Rows
 from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError
-from distdl.plan import DataInfo, Field, Plan
+from distdl.plan import PACKED, DataInfo, Field, Plan, pack_length
 
 if TYPE_CHECKING:
     from distdl.data.stream.remote_rows import Access
@@ -98,7 +98,7 @@ class Feed:
         parts = [part for part in self.parts if split in part.info.rows]
         tables = [open_split(part, split, self.data.columns) for part in parts or self.parts]
         rows: Rows = tables[0] if len(tables) == 1 else Concatenated(tables)
-        if self.data.order != "packed":
+        if self.data.order not in PACKED:
             return rows
         return self._packed(rows, split)
 
@@ -106,7 +106,7 @@ class Feed:
         """The order of the training rows that the plan settled."""
         split = recipe.data.train_split
         files = self.parts[0].split(split)
-        bucketed, packed = plan.order == "length_bucketed", plan.order == "packed"
+        bucketed = plan.order == "length_bucketed"
         if bucketed and plan.sequence not in files.offsets:
             raise DataError(
                 f"data.order = 'length_bucketed' needs the lengths of column {plan.sequence!r}, which only a "
@@ -115,7 +115,7 @@ class Feed:
         weights = list((self.data.mixture or {}).values())
         parts = [part.info.rows[split] for part in self.parts]
         return make_order(
-            "full" if packed else plan.order,
+            "full" if plan.order == "packed" else plan.order,
             seed=recipe.train.seed,
             rows=sum(parts) if weights else plan.train_rows,
             batch=plan.global_batch,
@@ -132,8 +132,8 @@ class Feed:
     def _packed(self, rows: Rows, split: str) -> Rows:
         files = self.parts[0].split(split)
         column = self.data.sequence or next(n for n in self.info.elements[split])
-        assert self.data.pack_length is not None, "the recipe says how long"
-        return Packed(rows, column, load_offsets(files.offsets[column]), self.data.pack_length)
+        length = pack_length(self.data, split)
+        return Packed(rows, column, load_offsets(files.offsets[column]), length)
 
 
 def named(data: Data) -> list[tuple[str | None, str | None]]:

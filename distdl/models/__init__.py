@@ -17,6 +17,7 @@ from distdl.models.cnn import Cnn, Crnn
 from distdl.models.cnn5 import Cnn5
 from distdl.models.image_rnn import ImageRnn
 from distdl.models.lstm import Recurrent
+from distdl.models.lstm_lm import LstmLm
 from distdl.models.resnet import ResNet
 from distdl.models.unet import UNet
 
@@ -24,7 +25,7 @@ ModelFactory = Callable[..., nn.Module]
 """Called by a task: to classify images ``factory(in_channels=..., num_outputs=..., input_shape=...)``, to
 segment them with ``num_pixel_classes`` and to detect objects with ``num_object_classes`` in the place of
 ``num_outputs``, to reconstruct them ``factory(input_shape=...)``; of tokens
-``factory(vocabulary=..., num_outputs=...)``."""
+``factory(vocabulary=..., num_outputs=...)``, and without `num_outputs` where the outputs are tokens too."""
 
 
 def _of_images(model: ModelFactory) -> ModelFactory:
@@ -74,6 +75,7 @@ BUILT_IN: dict[str, ModelFactory] = {
     "centernet": _centernet,
     "autoencoder": _autoencoder,
     "conv_autoencoder": _conv_autoencoder,
+    "lstm_lm": LstmLm,
 }
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Pooling = Literal["last", "mean", "max"]
+from distdl.models.cells import make_cell
 
-CELLS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+Pooling = Literal["last", "mean", "max"]
 
 
 class RecurrentLayer(nn.Module):
@@ -22,8 +21,8 @@ class RecurrentLayer(nn.Module):
 
     def __init__(self, cell: str, inputs: int, hidden: int, bidirectional: bool) -> None:
         super().__init__()
-        self.onward = CELLS[cell](inputs, hidden, batch_first=True)
-        self.reverse = CELLS[cell](inputs, hidden, batch_first=True) if bidirectional else None
+        self.onward = make_cell(cell, inputs, hidden)
+        self.reverse = make_cell(cell, inputs, hidden) if bidirectional else None
         self.size = hidden * (2 if bidirectional else 1)
 
     def forward(self, x: Tensor, mirror: Tensor | None) -> Tensor:

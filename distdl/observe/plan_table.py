@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distdl.plan import Plan
+from distdl.plan import PACKED, Plan
 
 
 def plan_rows(p: Plan) -> dict[str, str]:
@@ -17,14 +17,15 @@ def plan_rows(p: Plan) -> dict[str, str]:
         "each process": f"{each} microbatches a step{balance}",
         "a pass": _pass(p),
         "epoch": f"{p.train_rows:,} rows = {p.steps_per_epoch} steps",
-        "order": p.order + (f" by {p.sequence}" if p.order in ("length_bucketed", "packed") else ""),
+        "order": p.order + (f" by {p.sequence}" if p.order in ("length_bucketed", *PACKED) else ""),
         "last step of an epoch": f"{p.last_batch} samples",
         "run": f"{p.total_steps:,} steps ({p.total_steps / p.steps_per_epoch:.2f} epochs)",
         "evaluation": f"{p.eval_rows:,} rows, {_every(p.eval_every)}",
         "checkpoint": _every(p.save_every),
     }
     if p.dropped_rows:
-        rows["dropped"] = f"{p.dropped_rows} rows an epoch (data.drop_last)"
+        why = "as many in each lane" if p.order == "lanes" else "data.drop_last"
+        rows["dropped"] = f"{p.dropped_rows} rows an epoch ({why})"
     return rows
 
 

@@ -84,6 +84,13 @@ class Reconstruction(NamedSection):
     image: Text | None = Field(None, description="Column of the images. Null: the only one.")
 
 
+class LanguageModelling(NamedSection):
+    """The next token at every place of a text; the metrics are perplexity and loss."""
+
+    name: Literal["language_modelling"] = Field(description="The task.")
+    vocabulary: Count | None = Field(None, description="Different token ids. Null: as the dataset says.")
+
+
 class ImportedTask(NamedSection):
     """A task of your own. Keys beside `name` are passed to it."""
 
@@ -210,6 +217,20 @@ class ConvAutoencoder(NamedSection):
     width: Count = Field(32, description="Channels of the first convolution; the second has twice as many.")
     code: Count = Field(30, description="Numbers that stand for an image.")
     norm: Literal["batch", "group", "none"] = Field("batch", description="Normalisation after convolutions.")
+
+
+class LstmLm(NamedSection):
+    """A language model: token embedding, LSTM layers whose state goes on, and a layer of logits."""
+
+    name: Literal["lstm_lm"] = Field(description="The model.")
+    embedding: Count = Field(200, description="Size of the vector that stands for a token.")
+    hidden: Count = Field(200, description="Units of a layer; of the last, as embedding where tied.")
+    layers: Count = Field(2, description="Recurrent layers.")
+    dropout: Fraction = Field(
+        0.0, description="Probability of dropping a channel, for all steps of a sequence, between layers."
+    )
+    weight_drop: Fraction = Field(0.0, description="Probability of dropping a recurrent weight.")
+    tied: bool = Field(True, description="The embedding is also what weighs the outputs.")
 
 
 class ImportedModel(NamedSection):
@@ -349,6 +370,7 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "segmentation": Segmentation,
         "detection": Detection,
         "reconstruction": Reconstruction,
+        "language_modelling": LanguageModelling,
         IMPORT_PATH: ImportedTask,
     },
     "model": {
@@ -364,6 +386,7 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "centernet": CenterNet,
         "autoencoder": Autoencoder,
         "conv_autoencoder": ConvAutoencoder,
+        "lstm_lm": LstmLm,
         IMPORT_PATH: ImportedModel,
     },
     "optim": {
@@ -396,6 +419,7 @@ Task = Annotated[
     | Annotated[Segmentation, Tag("segmentation")]
     | Annotated[Detection, Tag("detection")]
     | Annotated[Reconstruction, Tag("reconstruction")]
+    | Annotated[LanguageModelling, Tag("language_modelling")]
     | Annotated[ImportedTask, Tag(IMPORT_PATH)],
     Discriminator(_by_name("task")),
 ]
@@ -412,6 +436,7 @@ Model = Annotated[
     | Annotated[CenterNet, Tag("centernet")]
     | Annotated[Autoencoder, Tag("autoencoder")]
     | Annotated[ConvAutoencoder, Tag("conv_autoencoder")]
+    | Annotated[LstmLm, Tag("lstm_lm")]
     | Annotated[ImportedModel, Tag(IMPORT_PATH)],
     Discriminator(_by_name("model")),
 ]

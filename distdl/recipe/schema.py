@@ -53,7 +53,7 @@ class Data(Section):
     train_split: Text = Field("train", description="Split to train on.")
     eval_split: Text = Field("test", description="Split to evaluate on.")
     shuffle: bool = Field(True, description="Visit the samples in another random order in each epoch.")
-    order: Literal["full", "block", "sequential", "length_bucketed", "packed"] = Field(
+    order: Literal["full", "block", "sequential", "length_bucketed", "packed", "lanes"] = Field(
         "full", description="How far a shuffle reaches, and what stands together: see docs/order.md."
     )
     block_window: Count = Field(10_000, description="Samples that are shuffled together (order block).")
@@ -63,7 +63,12 @@ class Data(Section):
     sequence: Text | None = Field(
         None, description="Column that order and augmentation look at. Null: the only one of varying length."
     )
-    pack_length: Count | None = Field(None, description="Tokens of one row to learn from (order packed).")
+    pack_length: Count | None = Field(
+        None, description="Tokens of one row to learn from (orders packed and lanes)."
+    )
+    eval_pack_length: Count | None = Field(
+        None, description="Tokens of one row to evaluate. Null: as pack_length."
+    )
     epoch_rows: Count | None = Field(
         None, description="Samples of one epoch of a mixture. Null: as many as its datasets have together."
     )
@@ -87,8 +92,12 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _packs(self) -> Data:
-        if (self.order == "packed") != (self.pack_length is not None):
-            raise problem("order packed and pack_length (tokens of one row) go together: give both or none")
+        if (self.order in ("packed", "lanes")) != (self.pack_length is not None):
+            raise problem(
+                "orders packed and lanes go together with pack_length (tokens of one row): give both or none"
+            )
+        if self.eval_pack_length is not None and self.pack_length is None:
+            raise problem("eval_pack_length is for the orders packed and lanes; give pack_length too")
         if self.mixture is not None and self.order != "full":
             raise problem(f"a mixture has an order of its own; leave out order (given: {self.order})")
         if self.mixture is not None and not self.shuffle:

@@ -11,14 +11,15 @@ from torch import nn
 from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
 from distdl.plan import DataInfo
-from distdl.tasks.base import Batch, Columns, Rows, Task
+from distdl.tasks.base import Batch, Carrying, Columns, Rows, Task
 from distdl.tasks.detection import Detection
 from distdl.tasks.image_classification import ImageClassification
+from distdl.tasks.language_modelling import LanguageModelling
 from distdl.tasks.reconstruction import Reconstruction
 from distdl.tasks.segmentation import Segmentation
 from distdl.tasks.text_classification import TextClassification
 
-__all__ = ["BUILT_IN", "Batch", "Columns", "Rows", "Task", "build_task"]
+__all__ = ["BUILT_IN", "Batch", "Carrying", "Columns", "Rows", "Task", "build_task"]
 
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "image_classification": ImageClassification,
@@ -26,6 +27,7 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "segmentation": Segmentation,
     "detection": Detection,
     "reconstruction": Reconstruction,
+    "language_modelling": LanguageModelling,
 }
 
 _PARTS = ("build_model", "collate", "count", "loss_sum")

@@ -56,6 +56,20 @@ class Task(Protocol):
         """For evaluation: metric name -> (sum, count) over this batch. Gradients are off."""
 
 
+class Carrying(Protocol):
+    """What a task has besides where state goes on from each window of text to the next (order `lanes`)."""
+
+    def state_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """By name, the shape of what one sample carries."""
+
+    def loss_and_state(
+        self, model: nn.Module, batch: Batch, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss_sum` of a batch that goes on from `state` (fp32 [N, ...] by name; zeros where the text
+        begins), and the state after it, which is kept without its graph.
+        """
+
+
 class Measuring(Protocol):
     """What a task has instead of `metric_sums` where a metric is no ratio of sums: BLEU, mAP, mIoU."""
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distdl.errors import DataError, RecipeError
-from distdl.plan import DataInfo, Field
+from distdl.errors import DataError
+from distdl.plan import DataInfo
 from distdl.tasks.base import Batch, Rows
+from distdl.tasks.tokens import token_columns, vocabulary_of, words
 
 
 class TextClassification:
@@ -37,7 +38,7 @@ class TextClassification:
         self._smoothing = label_smoothing
         self._token_field, self._label_field = _columns(data_info)
         self._num_classes = data_info.fields[self._label_field].num_classes
-        self._vocabulary = _vocabulary(data_info, self._token_field, vocabulary)
+        self._vocabulary = vocabulary_of(data_info, self._token_field, vocabulary)
 
     def build_model(self) -> nn.Module:
         return self._make_model(vocabulary=self._vocabulary, num_outputs=self._num_classes)
@@ -69,35 +70,12 @@ class TextClassification:
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:
-    tokens = [n for n, f in data.fields.items() if f.shape == (None,) and "int" in f.dtype]
+    tokens = token_columns(data)
     labels = [n for n, f in data.fields.items() if f.num_classes and not f.shape]
     if len(tokens) == 1 and len(labels) == 1:
         return tokens[0], labels[0]
-    has = ", ".join(f"{n} ({_words(f)})" for n, f in data.fields.items())
     raise DataError(
         "task text_classification needs one column of token ids, lists of integers of varying length, and "
-        f"one ClassLabel column; dataset {data.name!r} has {has}. `distdl data prepare` with --tokenize and "
-        "--classes makes them; data.columns chooses among several"
+        f"one ClassLabel column; dataset {data.name!r} has {words(data)}. `distdl data prepare` with "
+        "--tokenize and --classes makes them; data.columns chooses among several"
     )
-
-
-def _words(field: Field) -> str:
-    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
-    classes = f" of {field.num_classes} classes" if field.num_classes else ""
-    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"
-
-
-def _vocabulary(data: DataInfo, column: str, given: int | None) -> int:
-    said = data.fields[column].vocabulary
-    if given is None and said is None:
-        raise DataError(
-            f"dataset {data.name!r} does not say how many different tokens column {column!r} has: `distdl "
-            "data prepare --tokenize` writes it down; for tokens from elsewhere, give task.vocabulary (the "
-            "largest id plus one)"
-        )
-    if given is not None and said is not None and given < said:
-        raise RecipeError(
-            f"task.vocabulary = {given}: column {column!r} of dataset {data.name!r} has {said} different "
-            f"tokens; give {said} or more, or leave the key out"
-        )
-    return given or said or 0

@@ -60,7 +60,7 @@ def _arguments(task: Task, model: nn.Module, batch: dict[str, Tensor]) -> tuple[
     )
     try:
         with torch.no_grad():
-            task.metric_sums(model, batch)
+            (getattr(task, "measure", None) or task.metric_sums)(model, batch)
     finally:
         hook.remove()
     args, kwargs = seen[0] if seen else ((), {"nothing": None})

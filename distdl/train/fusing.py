@@ -21,6 +21,7 @@ from distdl.engines import Group, Pass
 from distdl.engines.groups import Rehearsal, groups_of, has_batchnorm, unfusable
 from distdl.engines.precision import autocast, dtype_of
 from distdl.keys import key, seed_everything
+from distdl.plan import PACKED
 from distdl.tasks import Batch
 from distdl.train.batches import Micro
 from distdl.train.joining import join, joinable, pad, rows_of, runs
@@ -145,7 +146,7 @@ def joined(s: Training, micros: Sequence[Micro], *, last: bool) -> tuple[Batch, 
 def padding_of(s: Training) -> Mapping[str, float]:
     """The task's `padding`; none where there is BatchNorm, whose statistics it would enter."""
     declared: Mapping[str, float] = getattr(s.task, "padding", None) or {}
-    return {} if has_batchnorm(s.engine.module) or s.plan.order == "packed" else declared
+    return {} if has_batchnorm(s.engine.module) or s.plan.order in PACKED else declared
 
 
 def _settle(s: Training, micros: Sequence[Micro]) -> None:

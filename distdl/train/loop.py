@@ -14,8 +14,9 @@ from distdl.comm.together import alone
 from distdl.engines import Applied
 from distdl.keys import seed_everything
 from distdl.record import append_line, put_row
-from distdl.tasks import Batch, Task
+from distdl.tasks import Batch
 from distdl.testing.faults import point
+from distdl.train.batches import Micro
 from distdl.train.evaluate import evaluate, exact_sum
 from distdl.train.fusing import joined, passes_of
 from distdl.train.saving import begin_save, commit, settle
@@ -70,7 +71,7 @@ def train_step(s: Session, batch: StepBatch) -> None:
             tensors, this = joined(s, micros, last=i == len(passes) - 1)
             seed_everything(this.groups[0].key)
             with alone():  # its own data, its own streams: no other rank need fail with it
-                loss = s.engine.microstep(loss_of(s.task, tensors), this, batch.total)
+                loss = s.engine.microstep(loss_of(s, micros[0], tensors), this, batch.total)
             if this.weight:
                 losses.append((loss, len(micros)))
         s.fusing.passes_done()
@@ -94,9 +95,13 @@ def train_step(s: Session, batch: StepBatch) -> None:
         note_nonfinite(s, norm)
 
 
-def loss_of(task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
-    """The loss of one pass as a function of the model."""
-    return lambda model: task.loss_sum(model, batch)
+def loss_of(s: Session, first: Micro, batch: Batch) -> Callable[[nn.Module], Tensor]:
+    """The loss of one pass as a function of the model. `first`: its first microbatch, and its only one where
+    state is carried.
+    """
+    if s.carry is not None:
+        return s.carry.loss(s.state.step, first.number, first.weight, batch)
+    return lambda model: s.task.loss_sum(model, batch)
 
 
 def log(s: Session, batch: StepBatch, losses: list[tuple[Tensor, int]], lr: float, norm: float) -> None:

@@ -21,6 +21,7 @@ from distdl.engines import Engine
 from distdl.errors import CheckpointError, Corrupt, Incompatible, Incomplete
 from distdl.recipe import differences
 from distdl.train.arithmetic import what_differs
+from distdl.train.carrying import Carry
 from distdl.train.state import TrainState
 
 
@@ -59,6 +60,7 @@ def resume(
     *,
     allow_changed: bool,
     replicas: Replicas | None = None,
+    carry: Carry | None = None,
 ) -> Resumed:
     """Collective. Find, check and load the newest valid checkpoint, from memory where `replicas` still have
     it; everything is validated before the model is touched.
@@ -85,11 +87,16 @@ def resume(
                 f"{shown(path)} belongs to another recipe; what differs (checkpoint -> now):\n  {listed}\n"
                 "Choose another run.dir, undo the change, or continue with --allow-changed"
             )
-        return saved, changed, _state(saved.manifest)
+        state = _state(saved.manifest)
+        if carry is not None:
+            carry.check(saved.metas, state.step)
+        return saved, changed, state
 
     saved, changed, state = together(world, check)
     with reading_alone():
         engine.load(saved)
+        if carry is not None:
+            carry.load(saved, state.step)
     if search is not None:
         search.close(used=here is not None)
     arithmetic = what_differs(saved.manifest.versions, identity.arithmetic)

@@ -46,7 +46,8 @@ def begin_save(s: Session) -> None:
     s.beat("saving")
     begin = time.perf_counter()
     commit(s)
-    done = s.saver.save(s.engine.held(), s.facts())
+    held = s.engine.held() | (s.carry.held() if s.carry is not None else {})
+    done = s.saver.save(held, s.facts())
     s.saved_step = s.state.step
     s.stall_s = time.perf_counter() - begin
     s.not_training(s.stall_s)

@@ -20,6 +20,7 @@ from distdl.recipe import Recipe
 from distdl.record import Heartbeat, RunDirectory
 from distdl.tasks import Task
 from distdl.train.batches import Batches, Micro
+from distdl.train.carrying import Carry
 from distdl.train.fusing import Fusing, keeps_apart
 from distdl.train.resume import Identity
 from distdl.train.state import TrainState
@@ -59,6 +60,8 @@ class Session:
     identity: Identity
     saver: Saver
     replicas: Replicas | None = None
+    carry: Carry | None = None
+    """None where nothing is carried from step to step."""
     fusing: Fusing = field(default_factory=Fusing)
     saved_step: int | None = None
     """The last step whose save has begun, or that was resumed from."""

@@ -36,6 +36,7 @@ from distdl.tasks import Task, build_task
 from distdl.topology import Topology
 from distdl.train.arithmetic import fingerprint, settle
 from distdl.train.batches import Batches
+from distdl.train.carrying import carry_of
 from distdl.train.evaluate import fetch, measure, metrics_of
 from distdl.train.notices import Notices
 from distdl.train.resume import Identity, Resumed, resume
@@ -81,6 +82,7 @@ def open_session(
         recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
     )
     replicas = replicas_of(recipe, o.directory.path, world, lambda text: o.notices.say(text))
+    carry = carry_of(task, engine.module, plan, world.rank, engine.device)
     resumed = resume(
         store_at(o.directory.checkpoints),
         world,
@@ -88,6 +90,7 @@ def open_session(
         identity,
         allow_changed=allow_changed,
         replicas=replicas,
+        carry=carry,
     )
     begun = together(world, lambda: _begin(o, resumed) if world.is_main else None)
     row, heartbeat = begun if begun else ({}, None)
@@ -111,6 +114,7 @@ def open_session(
         identity=identity,
         saver=saver_of(recipe, o.directory.checkpoints, world, replicas),
         replicas=replicas,
+        carry=carry,
         saved_step=resumed.state.step if resumed.path else None,
         resumed_step=resumed.state.step if resumed.path else None,
         row=row,

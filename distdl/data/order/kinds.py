@@ -23,6 +23,7 @@ __all__ = [
     "MAX_ROWS",
     "Block",
     "Full",
+    "Lanes",
     "LengthBucketed",
     "Order",
     "Sequential",
@@ -90,7 +91,41 @@ class Full:
         return self.at(epoch, np.arange(start, stop, dtype=np.int64))
 
 
-KINDS = ("full", "block", "sequential", "length_bucketed", "weighted")
+@dataclass(frozen=True)
+class Lanes:
+    """`lanes` readers side by side, each of which reads a part of the rows of its own from first to last.
+
+    Position s * lanes + b is row b * steps + s, with steps = all_rows // lanes: sample b of a batch goes on
+    where sample b of the batch before stopped. The last all_rows % lanes rows are left out. Every epoch is
+    the same.
+    """
+
+    all_rows: int
+    lanes: int
+
+    def __post_init__(self) -> None:
+        check_rows(self.all_rows)
+        if self.lanes < 1:
+            raise DataError(f"order lanes with {self.lanes} lanes; expected 1 or more")
+
+    @property
+    def rows(self) -> int:
+        """See `Order.rows`."""
+        return self.all_rows // self.lanes * self.lanes
+
+    def at(self, epoch: int, positions: Ints) -> Ints:
+        """See `Order.at`."""
+        check_positions(positions, self.rows)
+        steps, lanes = np.divmod(positions, self.lanes)
+        found: Ints = lanes * (self.all_rows // self.lanes) + steps
+        return found
+
+    def ids(self, epoch: int, start: int, stop: int) -> Ints:
+        """See `Order.ids`."""
+        return self.at(epoch, np.arange(start, stop, dtype=np.int64))
+
+
+KINDS = ("full", "block", "sequential", "length_bucketed", "weighted", "lanes")
 
 
 def make_order(
@@ -110,9 +145,10 @@ def make_order(
 ) -> Order:
     """The order called `kind` over `rows` samples; what a kind does not use is ignored.
 
-    `block` needs `shard_rows`; `length_bucketed` `offsets` and `batch`; `weighted` `parts` (rows of each
-    dataset) and `weights`. Without `shuffle`, `full` and `block` are `sequential`. Raises DataError for an
-    unknown kind, for what a kind lacks, and for rows that do not add up.
+    `block` needs `shard_rows`; `length_bucketed` `offsets` and `batch`; `lanes` `batch`, which is how many;
+    `weighted` `parts` (rows of each dataset) and `weights`. Without `shuffle`, `full` and `block` are
+    `sequential`. Raises DataError for an unknown kind, for what a kind lacks, and for rows that do not add
+    up.
     """
     if kind not in KINDS:
         raise DataError(_unknown(kind))
@@ -120,6 +156,8 @@ def make_order(
         return _weighted(seed, rows, shuffle, parts, weights, epoch_rows)
     if kind == "length_bucketed":
         return _length_bucketed(seed, rows, batch, offsets, window_batches, shuffle)
+    if kind == "lanes":
+        return Lanes(rows, _given(batch, kind))
     if kind == "sequential" or not shuffle:
         return Sequential(rows)
     if kind == "full":
@@ -148,11 +186,15 @@ def _length_bucketed(
             "order length_bucketed needs a sequence column, whose lengths it sorts by; these data have none, "
             "or were not prepared. Use order full, or prepare them with `distdl data prepare`."
         )
-    if batch is None:
-        raise DataError("order length_bucketed needs the size of a batch; none was given")
-    order = LengthBucketed(seed, offsets, batch, window_batches, shuffle)
+    order = LengthBucketed(seed, offsets, _given(batch, "length_bucketed"), window_batches, shuffle)
     _check_sum("the offsets of the sequence column", order.rows, rows)
     return order
+
+
+def _given(batch: int | None, kind: str) -> int:
+    if batch is None:
+        raise DataError(f"order {kind} needs the size of a batch; none was given")
+    return batch
 
 
 def _weighted(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl.data.order.kinds import Block, Full, LengthBucketed, Weighted
+from distdl.data.order.kinds import Block, Full, Lanes, LengthBucketed, Weighted, make_order
 from distdl.errors import DataError
 
 
@@ -190,3 +190,20 @@ def test_the_kinds_never_change_between_versions() -> None:
 BLOCK_IDS = [529, 549, 508, 562, 527, 695, 631, 653]
 BUCKETED_IDS = [2817, 4451, 2200, 3463, 717, 1609]
 WEIGHTED_IDS = [77, 143, 80, 39, 102, 134, 105, 104]
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_each_lane_reads_its_own_part_from_first_to_last(rows: int, lanes: int) -> None:
+    order = make_order("lanes", seed=1, rows=rows, batch=lanes)
+    steps = rows // lanes
+    assert order.rows == steps * lanes
+    batches = order.ids(3, 0, order.rows).reshape(steps, lanes)
+    for b in range(lanes):
+        assert batches[:, b].tolist() == list(range(b * steps, (b + 1) * steps))
+
+
+def test_lanes_need_to_know_how_many() -> None:
+    with pytest.raises(DataError, match="order lanes needs the size of a batch"):
+        make_order("lanes", seed=1, rows=5)
+    with pytest.raises(DataError, match="order lanes with 0 lanes"):
+        Lanes(5, 0)

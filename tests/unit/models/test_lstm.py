@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from distdl.errors import RecipeError
 from distdl.models import model_factory
-from distdl.models.lstm import CELLS, Recurrent, mirrored
+from distdl.models.cells import CELLS
+from distdl.models.lstm import Recurrent, mirrored
 
 LENGTHS = torch.tensor([5, 1, 7, 3])
 

@@ -180,7 +180,7 @@ CHANGES: dict[str, Any] = {
     "eval.patience": 2,
     "eval.min_delta": 0.1,
 }
-TOGETHER = {"data.mixture", "data.pack_length", "data.epoch_rows"}
+TOGETHER = {"data.mixture", "data.pack_length", "data.eval_pack_length", "data.epoch_rows"}
 """Keys that need another to change with them: tried in a test of their own."""
 FIXED = {"task.name", "model.name", "optim.name", "schedule.name"}
 
@@ -232,12 +232,15 @@ def test_the_place_of_the_data_does_not_enter_the_hash() -> None:
 
 
 def test_keys_that_go_together_enter_the_hash() -> None:
-    packed = [base(data={"order": "packed", "pack_length": n}) for n in (32, 64)]
+    packed = [
+        base(data={"order": "packed", "pack_length": n, "eval_pack_length": m})
+        for n, m in ((32, None), (64, None), (64, 99))
+    ]
     mixed = [
         base(data={"name": None, "mixture": {"a": w, "b": 1 - w}, "epoch_rows": n})
         for w, n in ((0.25, 10), (0.5, 10), (0.5, 20))
     ]
-    assert len({recipe_hash(r) for r in [base(), *packed, *mixed]}) == 6
+    assert len({recipe_hash(r) for r in [base(), *packed, *mixed]}) == 7
     moved = base(data={"name": None, "mixture": {"/x/a": 0.5, "/x/b": 0.5}, "epoch_rows": 20})
     assert recipe_hash(moved) == recipe_hash(mixed[-1])
 
@@ -251,7 +254,7 @@ def test_the_hash_is_that_of_the_values_not_of_how_they_are_written() -> None:
 
 def test_the_hash_stays_what_it_was() -> None:
     # Checkpoints name the hash: a change of it makes every earlier run another run.
-    assert recipe_hash(base()) == "c945de385da486d5"
+    assert recipe_hash(base()) == "2d7376be32ba6995"
 
 
 def test_differences_read_well() -> None:

@@ -1,0 +1,42 @@
+"""What tasks on text ask of a dataset: which columns are tokens, and how many different ones there are."""
+
+from __future__ import annotations
+
+from distdl.errors import DataError, RecipeError
+from distdl.plan import DataInfo, Field
+
+
+def token_columns(data: DataInfo) -> list[str]:
+    """The columns of integers of varying length."""
+    return [n for n, f in data.fields.items() if f.shape == (None,) and "int" in f.dtype]
+
+
+def words(data: DataInfo) -> str:
+    """The columns of a dataset, for an error message."""
+    return ", ".join(f"{name} ({_words(field)})" for name, field in data.fields.items())
+
+
+def _words(field: Field) -> str:
+    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
+    classes = f" of {field.num_classes} classes" if field.num_classes else ""
+    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"
+
+
+def vocabulary_of(data: DataInfo, column: str, given: int | None) -> int:
+    """How many different tokens `column` has: as the dataset says, or `given` (recipe key task.vocabulary).
+
+    Raises DataError where neither says so, RecipeError where `given` is too small.
+    """
+    said = data.fields[column].vocabulary
+    if given is None and said is None:
+        raise DataError(
+            f"dataset {data.name!r} does not say how many different tokens column {column!r} has: `distdl "
+            "data prepare --tokenize` writes it down; for tokens from elsewhere, give task.vocabulary (the "
+            "largest id plus one)"
+        )
+    if given is not None and said is not None and given < said:
+        raise RecipeError(
+            f"task.vocabulary = {given}: column {column!r} of dataset {data.name!r} has {said} different "
+            f"tokens; give {said} or more, or leave the key out"
+        )
+    return given or said or 0
