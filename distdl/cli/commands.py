@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
 from distdl import __version__, errors
 from distdl.cli.ckpt import ckpt_app
 from distdl.cli.data import data_app
-from distdl.errors import DistdlError
+from distdl.cli.slurm import launch_on_slurm, slurm_app
+from distdl.errors import DistdlError, PlanError
 from distdl.lifeline import die_with_parent
 from distdl.memory import Memory
 from distdl.plan import Plan, make_plan
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(slurm_app, name="slurm")
 
 Config = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -36,8 +38,9 @@ Overrides = Annotated[
 ]
 Procs = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Processes on this machine; default: launch.procs, or one a GPU."),
+    typer.Option(min=1, help="Processes on each machine; default: launch.procs, or one a GPU."),
 ]
+Nodes = Annotated[Optional[int], typer.Option(min=1, help="Machines; default: launch.nodes.")]  # noqa: UP045
 EngineName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--engine", help="Short for hardware.engine=NAME."),
@@ -82,11 +85,25 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     procs: Procs = None,
+    nodes: Nodes = None,
+    on: Annotated[Literal["here", "slurm"], typer.Option(help="slurm: submit a job that does it.")] = "here",
     engine: EngineName = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, or the job's script, and stop.")
+    ] = False,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Ask Slurm when the job would start, and stop.")
+    ] = False,
     allow_changed: AllowChanged = False,
 ) -> int:
-    """Train on this machine with several processes; restart them from the last checkpoint if they fail."""
+    """Train with several processes; restart them from the last checkpoint if they fail."""
+    if on == "slurm":
+        given = _overrides(overrides, engine)
+        return launch_on_slurm(
+            config, given, nodes, procs, dry_run=dry_run, test_only=test_only, allow_changed=allow_changed
+        )
+    if test_only:
+        raise PlanError("--test-only asks Slurm's controller; it goes with --on slurm")
     recipe = _load(config, overrides, engine)
     plan = _plan(recipe, 1, procs)
     if dry_run:
@@ -184,7 +201,11 @@ def version() -> int:
 
 
 def _load(config: str, overrides: list[str] | None, engine: str | None) -> Recipe:
-    return load_recipe(config, [*(overrides or []), *([f"hardware.engine={engine}"] if engine else [])])
+    return load_recipe(config, _overrides(overrides, engine))
+
+
+def _overrides(overrides: list[str] | None, engine: str | None) -> list[str]:
+    return [*(overrides or []), *([f"hardware.engine={engine}"] if engine else [])]
 
 
 def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:

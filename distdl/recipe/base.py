@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 IMPORT_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
@@ -26,3 +26,13 @@ class Section(BaseModel):
 
 def problem(message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise problem(f"{text!r}: expected one line, without line breaks and control characters")
+    return text
+
+
+Line = Annotated[Text, AfterValidator(_one_line)]
+"""A text that stands in one line of a script, where a line break would begin another."""

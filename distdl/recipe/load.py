@@ -32,14 +32,18 @@ _PERIODS = ("every_epochs", "every_steps")
 _SUFFIXES = (".yaml", ".yml")
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), beneath: Marked | None = None
+) -> Recipe:
     """Read the recipe at `path`, with what it extends, and lay `overrides` ("optim.lr=0.05") over it.
 
+    `beneath` is a tree that all of it is laid over, such as the profile of a cluster.
     `run.dir` becomes runs/STEM, for the file's stem, where nothing says otherwise. Reads files, nothing
     else. Raises RecipeError, naming every problem with its file, line, key, value and what is allowed.
     """
     file = Path(path)
-    tree = _with_overrides(_read_chain(file), overrides)
+    tree = _read_chain(file)
+    tree = _with_overrides(tree if beneath is None else merge(beneath, tree), overrides)
     recipe = _validate(tree, str(file))
     if recipe.run.dir is None:
         recipe = recipe.model_copy(update={"run": Run(dir=f"runs/{file.stem}")})

@@ -24,6 +24,7 @@ from distdl.recipe.base import (
     problem,
 )
 from distdl.recipe.named import Constant, Model, Optim, Schedule, Task
+from distdl.recipe.slurm import Slurm
 
 
 class Augment(Section):
@@ -228,9 +229,11 @@ class Hardware(Section):
 class Launch(Section):
     """Processes, and what happens when one fails."""
 
-    procs: Literal["auto"] | Count = Field("auto", description="Processes on this machine.")
+    nodes: Count = Field(1, description="Machines that share the run.")
+    procs: Literal["auto"] | Count = Field("auto", description="Processes on each machine.")
     max_restarts: Natural = Field(3, description="Failures in a row, with no step gained, that are survived.")
     timeout_s: Positive = Field(600.0, description="Seconds that a process waits for the others.")
+    slurm: Slurm = Field(default_factory=Slurm, description="What is asked of Slurm (--on slurm).")
 
 
 class Checkpoint(_Every):

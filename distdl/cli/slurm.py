@@ -1,0 +1,149 @@
+"""`distdl launch --on slurm` and `distdl slurm ...`: runs as jobs of Slurm. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distdl import errors
+from distdl.errors import DataError, EnvironmentProblem
+from distdl.launch.logs import tail
+from distdl.launch.slurm.client import ask
+from distdl.launch.slurm.profile import load_with_profile
+from distdl.launch.slurm.script import Job, sbatch_text
+from distdl.launch.slurm.submit import ask_when, job_of, logs_of, queued, submit
+from distdl.recipe import Recipe
+from distdl.record import Heartbeat, RunDirectory, read_lines
+from distdl.topology import Topology
+
+slurm_app = typer.Typer(
+    no_args_is_help=True, help="Look at, stop and go on with runs that are jobs of Slurm."
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def launch_on_slurm(
+    config: str,
+    overrides: list[str],
+    nodes: int | None,
+    procs: int | None,
+    *,
+    dry_run: bool,
+    test_only: bool,
+    allow_changed: bool,
+) -> int:
+    """Print the job's script, ask the controller about it, or submit it."""
+    recipe, profile = load_with_profile(config, overrides, os.environ)
+    slurm = recipe.launch.slurm
+    nodes = nodes or recipe.launch.nodes
+    if procs is None:
+        procs = recipe.launch.procs if recipe.launch.procs != "auto" else slurm.gpus or 1
+    job = Job.of(recipe, config, overrides, nodes, procs, sys.executable, allow_changed=allow_changed)
+    _check_plan(recipe, Topology.of(nodes, procs, cpus=slurm.cpus, gpus=slurm.gpus or 0))
+    if dry_run:
+        _print([sbatch_text(job)[:-1]])
+        return errors.DONE
+    if profile is not None:
+        _print([f"profile: {profile}"])
+    if test_only:
+        _print([ask_when(job)])
+        return errors.DONE
+    number = submit(job, RunDirectory.of(recipe))
+    _print([f"job: {number}", f"run directory: {job.run_dir}"])
+    return errors.DONE
+
+
+def _check_plan(recipe: Recipe, topology: Topology) -> None:
+    """What the plan refuses is refused here, and not when the job has waited for its nodes."""
+    from distdl.data import describe_data
+    from distdl.data.feed import access_of
+    from distdl.plan import make_plan
+
+    try:
+        info = describe_data(recipe.data, access_of(recipe, lambda _: None))
+    except DataError as error:  # data may lie on the nodes alone
+        print(f"the plan is not checked: {error}", file=sys.stderr)  # noqa: T201
+        return
+    make_plan(recipe, topology, info)
+
+
+@slurm_app.command("status")
+def status_command(run: Run, as_json: AsJson = False) -> int:
+    """Say how a run's job stands: in the queue, how often it was restarted, which step it has reached."""
+    number = job_of(run)
+    events = read_lines(run / "events.jsonl")
+    starts = [e for e in events if e["event"] == "job_start"]
+    saved = [e["step"] for e in events if e["event"] == "save"]
+    last = events[-1]["event"]
+    rows = queued(number)
+    facts = {
+        "job": number,
+        "run": str(run),
+        "tasks": [vars(row) for row in rows],
+        "restarts": max((e["restarts"] for e in starts), default=0),
+        "step": _step_of(run),
+        "saved_step": max(saved, default=None),
+        "last_event": last,
+    }
+    if as_json:
+        _print([json.dumps(facts)])
+        return errors.DONE
+    _print(
+        [
+            *(f"job {q.job}: {q.state}, {q.elapsed} of {q.limit}, {q.nodes} nodes, {q.where}" for q in rows),
+            *([] if rows else [f"job {number}: no longer in the queue"]),
+            f"restarts {facts['restarts']}, step {facts['step']}, saved {facts['saved_step']}, last: {last}",
+        ]
+    )
+    return errors.DONE
+
+
+def _step_of(run: Path) -> int:
+    attempts = sorted((run / "attempts").glob("[0-9]*"))
+    return Heartbeat.read(attempts[-1] / "heartbeat")[0] if attempts else 0
+
+
+@slurm_app.command("logs")
+def logs_command(
+    run: Run, lines: Annotated[int, typer.Option(min=1, help="Lines from the end of each log.")] = 20
+) -> int:
+    """Print the end of the logs of a run's newest job: what its attempts printed, one after the other."""
+    number = job_of(run)
+    logs = [log for log in logs_of(run) if log.stem.split("_")[0] == number]
+    for log in logs:
+        _print([f"==> {log} <==", tail(log, lines, most_bytes=lines * 400)])
+    if not logs:
+        raise EnvironmentProblem(
+            f"{run}: job {number} has written no log yet; see `distdl slurm status {run}`"
+        )
+    return errors.DONE
+
+
+@slurm_app.command("cancel")
+def cancel_command(run: Run) -> int:
+    """Cancel a run's job, with all tasks of an array. What is saved stays."""
+    number = job_of(run)
+    ask(["scancel", number])
+    _print([f"job {number}: cancelled"])
+    return errors.DONE
+
+
+@slurm_app.command("requeue")
+def requeue_command(run: Run) -> int:
+    """Have Slurm start a run's job again, running or ended; it goes on from the newest checkpoint."""
+    number = job_of(run)
+    ask(["scontrol", "requeue", number])
+    _print([f"job {number}: to be started again"])
+    return errors.DONE
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        print(line)  # noqa: T201

@@ -1,0 +1,79 @@
+"""Whether a job that has ended is started again, and how."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from distdl import errors
+from distdl.launch.slurm.client import ask
+
+
+class Verdict(Enum):
+    """What becomes of a job whose step has ended."""
+
+    OVER = "over"
+    AGAIN = "started again"
+    IDLE = "not started again"
+
+
+def idle_attempts(events: Sequence[Mapping[str, Any]]) -> int:
+    """How many attempts of the run, up to the newest, began since a step was saved beyond all before.
+
+    Submitting the run anew begins the count anew.
+    """
+    furthest, idle = 0, 0
+    for event in events:
+        if event["event"] == "submitted":
+            idle = 0
+        elif event["event"] == "job_start":
+            idle += 1
+        elif event["event"] == "save" and event["step"] > furthest:
+            furthest, idle = event["step"], 0
+    return idle
+
+
+def judge(code: int, asked: bool, idle: int, most_idle: int) -> Verdict:
+    """`code`: of the step. `asked`: the run was told to stop. `idle`: attempts in a row without progress.
+
+    A run that stopped on request goes on; so does one that was asked to and did not manage. An error would
+    only come again.
+    """
+    stopped = code in (errors.STOPPED, errors.STOPPED_BEFORE_START) or (asked and code > 128)
+    if not stopped:
+        return Verdict.OVER
+    return Verdict.AGAIN if idle < most_idle else Verdict.IDLE
+
+
+def start_again(name: str, restarts: int, script: Path) -> str:
+    """Have Slurm start job `name` again, unless it was cancelled or is to start again already.
+
+    `restarts`: how often it had been when this attempt began. Returns what was done, in words. Raises
+    EnvironmentProblem where Slurm does not answer.
+    """
+    if shutil.which("scontrol") is None:  # some clusters keep it from their users
+        dependency = f"--dependency=afterany:{name}"
+        job = ask(["sbatch", "--parsable", dependency, *_task_of(name), str(script)]).strip()
+        return f"goes on as job {job}"
+    state, count = state_of(ask(["scontrol", "show", "job", "-o", name]))
+    if state.startswith("CANCELLED"):
+        return "cancelled, not started again"
+    if count != restarts:
+        return "Slurm itself starts it again"
+    ask(["scontrol", "requeue", name])
+    return Verdict.AGAIN.value
+
+
+def _task_of(name: str) -> list[str]:
+    _, _, task = name.partition("_")
+    return [f"--array={task}"] if task else []
+
+
+def state_of(text: str) -> tuple[str, int]:
+    """(state, restarts) from the line that `scontrol show job -o` prints."""
+    found = dict(re.findall(r"(?:^|\s)(JobState|Restarts)=(\S+)", text))
+    return found.get("JobState", "UNKNOWN"), int(found.get("Restarts", "0"))

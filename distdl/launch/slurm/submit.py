@@ -1,0 +1,70 @@
+"""Handing a job to Slurm, and finding it again by its run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distdl.errors import EnvironmentProblem
+from distdl.launch.slurm.client import ask
+from distdl.launch.slurm.script import FOLDER, Job, sbatch_text
+from distdl.record import RunDirectory, read_lines, write_atomic
+
+_FORMAT = "%i|%T|%M|%l|%D|%R"
+
+
+def submit(job: Job, directory: RunDirectory) -> str:
+    """Write the script into the run directory and hand it to Slurm; returns the job's id.
+
+    Raises EnvironmentProblem.
+    """
+    directory.create()
+    script = directory.path / FOLDER / "job.sbatch"
+    script.parent.mkdir(exist_ok=True)
+    write_atomic(script, sbatch_text(job))
+    number = ask(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+    directory.event("submitted", job=number, nodes=job.nodes, procs=job.procs)
+    return number
+
+
+def ask_when(job: Job) -> str:
+    """What the controller says: when the job would start, on which nodes. Raises EnvironmentProblem."""
+    return ask(["sbatch", "--test-only"], sbatch_text(job)).strip()
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job, or one task of an array, as Slurm has it now. `where`: its nodes, or why it waits."""
+
+    job: str
+    state: str
+    elapsed: str
+    limit: str
+    nodes: str
+    where: str
+
+
+def job_of(run: Path) -> str:
+    """The id of the job that was submitted last for a run. Raises EnvironmentProblem where there is none."""
+    found = [e["job"] for e in read_lines(run / "events.jsonl") if e["event"] == "submitted"]
+    if not found:
+        raise EnvironmentProblem(
+            f"{run}: no job was submitted for this run directory; `distdl launch CONFIG --on slurm` does it"
+        )
+    return str(found[-1])
+
+
+def queued(job: str) -> list[Queued]:
+    """The job as it stands in the queue; empty where Slurm does not know it any more."""
+    try:
+        said = ask(["squeue", "--noheader", "--states=all", f"--format={_FORMAT}", f"--jobs={job}"])
+    except EnvironmentProblem as problem:
+        if "Invalid job id" in str(problem):
+            return []
+        raise
+    return [Queued(*line.split("|", 5)) for line in said.splitlines() if line]
+
+
+def logs_of(run: Path) -> list[Path]:
+    """The logs of the run's jobs, the newest last."""
+    return sorted((run / FOLDER).glob("*.log"), key=lambda path: path.stat().st_mtime)
