@@ -59,6 +59,49 @@ def _unless_no(env: Mapping[str, str], name: str) -> str | None:
 
 
 @dataclass(frozen=True)
+class Agents:
+    """One launcher's place among those of a run, one a node. Node 0's is to be found at `host` and `port`;
+    they mean nothing where there is only one.
+    """
+
+    node: int = 0
+    nodes: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], nodes: int | None) -> Agents:
+        """Who starts how many launchers is read from the environment; `nodes` is what the user asks for.
+
+        Raises EnvironmentProblem where the two differ, and where this launcher is itself the worker of one.
+        """
+        for name, launcher in (("TORCHELASTIC_RUN_ID", "torchrun"), ("OMPI_COMM_WORLD_RANK", "mpirun")):
+            if name in env:
+                raise EnvironmentProblem(
+                    f"`distdl launch` was started by {launcher}, which starts processes as well: use "
+                    f"`{launcher} ... -m distdl train`, or `distdl launch` without it"
+                )
+        if not _in_slurm_step(env):
+            found = cls()
+        else:
+            tasks, there = _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_STEP_NUM_NODES", 1)
+            if tasks > there:
+                raise EnvironmentProblem(
+                    f"srun started {tasks} times `distdl launch` on {there} node{'s' * (there > 1)}, and "
+                    "each would start all processes of its node: use `srun --ntasks-per-node=1 distdl launch "
+                    "...`, or `srun python -m distdl train ...` without a launcher"
+                )
+            host, port = _slurm_meeting(env, there)
+            found = cls(_number(env, "SLURM_NODEID", 0), there, host, port)
+        if nodes is not None and nodes != found.nodes:
+            raise EnvironmentProblem(
+                f"{nodes} nodes are asked for and {found.nodes} started: `srun --nodes={nodes} "
+                "--ntasks-per-node=1 distdl launch ...` starts it once on each, and `--on slurm` does it all"
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class Topology:
     """One process's place among the processes of a run, and what its node offers.
 
@@ -93,8 +136,9 @@ class Topology:
         Raises EnvironmentProblem where variables contradict each other or one is missing.
         """
         if "RANK" in env and "WORLD_SIZE" in env:
+            _check_torchrun_in_slurm(env)
             found = _from_torchrun(env)
-        elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        elif _in_slurm_step(env):
             found = _from_slurm(env)
         elif "OMPI_COMM_WORLD_RANK" in env:
             found = _from_open_mpi(env)
@@ -160,7 +204,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         rank=_number(env, "RANK"),
         world_size=world,
         local_rank=_number(env, "LOCAL_RANK", 0 if world == 1 else None),
-        local_world_size=_number(env, "LOCAL_WORLD_SIZE", world),
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", world)),  # DeepSpeed's
         node_rank=_number(env, "GROUP_RANK", 0),
         launcher="distdl" if "DISTDL_LAUNCHER_PID" in env else "torchrun",
         master_addr=env.get("MASTER_ADDR"),
@@ -170,14 +214,37 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
     )
 
 
-def _from_slurm(env: Mapping[str, str]) -> Topology:
-    world = _number(env, "SLURM_STEP_NUM_TASKS")
-    nodes = _number(env, "SLURM_STEP_NUM_NODES", 1)
+def _in_slurm_step(env: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
+
+
+def _slurm_meeting(env: Mapping[str, str], nodes: int) -> tuple[str, int]:
+    """Host and port at which the tasks of a step meet."""
     host = env.get("MASTER_ADDR") or (
         "127.0.0.1" if nodes == 1 else first_host(env.get("SLURM_STEP_NODELIST", ""))
     )
     # A port that follows from the job: all its tasks find it, and two jobs on one node rarely share it.
     port = 15000 + (_number(env, "SLURM_JOB_ID", 0) * 16 + _number(env, "SLURM_STEP_ID", 0)) % 16000
+    return host, _number(env, "MASTER_PORT", port)
+
+
+def _check_torchrun_in_slurm(env: Mapping[str, str]) -> None:
+    """torchrun under srun is one agent a task. Several that know nothing of each other are a mistake."""
+    if "TORCHELASTIC_RUN_ID" not in env or not _in_slurm_step(env):
+        return
+    tasks, agents = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "GROUP_WORLD_SIZE", 1)
+    if tasks > agents:
+        raise EnvironmentProblem(
+            f"srun started torchrun {tasks} times, and each forms a world of {agents} node"
+            f"{'s' * (agents > 1)} by itself: they would train the same run at once. Start one a node "
+            "(`srun --ntasks-per-node=1 torchrun --nnodes=N ...`), or none: `srun python -m distdl train`"
+        )
+
+
+def _from_slurm(env: Mapping[str, str]) -> Topology:
+    world = _number(env, "SLURM_STEP_NUM_TASKS")
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", 1)
+    host, port = _slurm_meeting(env, nodes)
     return Topology(
         rank=_number(env, "SLURM_PROCID"),
         world_size=world,
@@ -186,7 +253,7 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
         node_rank=_number(env, "SLURM_NODEID", 0),
         launcher="srun",
         master_addr=host,
-        master_port=_number(env, "MASTER_PORT", port),
+        master_port=port,
     )
 
 

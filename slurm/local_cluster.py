@@ -2,8 +2,8 @@
 
 Each machine (the login node, called ctl, which also holds the controller, and node1, node2, ...) is a process
 tree in namespaces of its own: network, hostname, processes, mounts, shared memory. Files are shared, as a
-cluster's are. The network is a bridge inside ctl's namespace with a cable to each node, so that nothing of it can
-be reached from outside, and killing the first process of a machine is pulling its plug.
+cluster's are. The network is a bridge inside ctl's namespace with a cable to each node, so that nothing of it
+can be reached from outside, and killing the first process of a machine is pulling its plug.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from distdl.lifeline import die_with_parent
 from distdl.memory import Memory
 from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
-from distdl.topology import Topology, visible_gpus
+from distdl.topology import Agents, Topology, visible_gpus
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,10 +106,12 @@ def launch(
     if test_only:
         raise PlanError("--test-only asks Slurm's controller; it goes with --on slurm")
     recipe = _load(config, overrides, engine)
-    plan = _plan(recipe, 1, procs)
+    nodes = nodes or (recipe.launch.nodes if recipe.launch.nodes > 1 else None)
     if dry_run:
-        _show_plan(recipe, plan)
+        _show_plan(recipe, _plan(recipe, nodes or 1, procs))
         return errors.DONE
+    agents = Agents.from_env(os.environ, nodes)
+    plan = _plan(recipe, agents.nodes, procs)
     from distdl.data import Feed
     from distdl.data.feed import access_of
     from distdl.launch.server import start_server
@@ -116,12 +119,12 @@ def launch(
 
     directory = RunDirectory.of(recipe)
     directory.create()
-    with directory.lock():
+    with directory.lock() if agents.node == 0 else contextlib.nullcontext():
         start_server(plan, directory)
         Feed.open(recipe.data, access_of(recipe, _say))
         from distdl.launch.local import launch as launch_local
 
-        return launch_local(recipe, plan, directory, allow_changed=allow_changed)
+        return launch_local(recipe, plan, agents, directory, allow_changed=allow_changed)
 
 
 @app.command()

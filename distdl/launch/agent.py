@@ -16,6 +16,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from distdl.launch.failure import Casualty, write_failure
+from distdl.launch.rendezvous import Meeting
 from distdl.launch.server import requests_held
 from distdl.launch.worker import WorkOrder
 from distdl.record import Heartbeat, RunDirectory
@@ -41,7 +42,7 @@ class WorkerLogs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         none = dict.fromkeys(envs, "")
-        errors = {rank: str(self._folder() / f".elastic-error-{rank}.json") for rank in envs}
+        errors = {i: str(self._folder() / f".elastic-error-{env['RANK']}.json") for i, env in envs.items()}
         return LogsDest(dict(none), dict(none), dict(none), dict(none), errors)
 
     @property
@@ -55,11 +56,18 @@ class RunAgent(LocalElasticAgent):
     Where it differs from its parent: each attempt has a folder; survivors of a crash are ended at once with
     SIGKILL, so that SIGTERM only ever means a request to stop; a step gained beyond all earlier attempts
     refills the restart budget; signals are held back while workers are being started and are then passed on,
-    so that none is lost.
+    so that none is lost. Of several nodes each has an agent; they meet anew for every attempt.
     """
 
-    def __init__(self, spec: WorkerSpec, directory: RunDirectory, order: Callable[[Path], WorkOrder]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        meeting: Meeting,
+        directory: RunDirectory,
+        order: Callable[[Path], WorkOrder],
+    ) -> None:
         super().__init__(spec, WorkerLogs(lambda: self.attempt), start_method="forkserver")
+        self._meeting = meeting
         self._directory = directory
         self._order = order
         self._furthest = 0
@@ -105,7 +113,7 @@ class RunAgent(LocalElasticAgent):
         if self.stop_signal is not None:
             raise StoppedWhileDown
         with requests_held():
-            self.attempt = self._directory.new_attempt()
+            self.attempt = Path(self._meeting.from_first(lambda: str(self._directory.new_attempt())))
             worker_group.spec.args = (self._order(self.attempt),)
             started: dict[int, Any] = super()._start_workers(worker_group)
             self.install_handlers()  # the parent class may have installed others
@@ -126,7 +134,12 @@ class RunAgent(LocalElasticAgent):
 
     def _find_casualties(self) -> list[Casualty]:
         processes = self._pcontext._pc.processes if self._pcontext and self._pcontext._pc else []  # type: ignore[attr-defined]
-        return [Casualty(i, p.pid, p.exitcode) for i, p in enumerate(processes) if p.exitcode]
+        workers = self._worker_group.workers
+        return [
+            Casualty(w.global_rank, p.pid, p.exitcode)
+            for w, p in zip(workers, processes, strict=False)
+            if p.exitcode
+        ]
 
     def _note_failure(self) -> None:
         self.failure = write_failure(self.attempt, self.casualties)
@@ -141,8 +154,8 @@ class RunAgent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if self.stop_signal is not None:
             raise StoppedWhileDown
-        assert self.failure is not None
-        text = f"[rank {self.failure['rank']}] {self.failure['cause']}; restarting from the last checkpoint"
+        failure = self.failure or {"rank": "?", "cause": "workers of another node failed"}
+        text = f"[rank {failure['rank']}] {failure['cause']}; restarting from the last checkpoint"
         with contextlib.suppress(OSError):  # whoever read along may have gone away
             print(text, flush=True)  # noqa: T201
         self._directory.event("restart", after=self.attempt.name)

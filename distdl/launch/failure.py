@@ -13,6 +13,8 @@ from typing import Any
 from distdl.launch.logs import tail
 from distdl.record import Heartbeat, write_atomic
 
+_CONSEQUENCE = 2
+
 
 @dataclass(frozen=True)
 class Casualty:
@@ -34,6 +36,9 @@ def write_failure(attempt: Path, casualties: Sequence[Casualty]) -> dict[str, An
     report = reports.get(first.rank, {})
     step, phase, _ = Heartbeat.read(attempt / "heartbeat")
     log = attempt / "logs" / f"rank-{first.rank:05d}.log"
+    place = attempt / "failure.json"
+    if _order(first, report or None)[0] == _CONSEQUENCE and place.exists():
+        return _read(place)  # of another node, where it began
     failure = {
         "rank": first.rank,
         "pid": first.pid,
@@ -46,7 +51,7 @@ def write_failure(attempt: Path, casualties: Sequence[Casualty]) -> dict[str, An
         "log_tail": tail(log),
         "all_failed": [{"rank": c.rank, "exitcode": c.exitcode} for c in casualties],
     }
-    write_atomic(attempt / "failure.json", json.dumps(failure, indent=2) + "\n")
+    write_atomic(place, json.dumps(failure, indent=2) + "\n")
     return failure
 
 
@@ -58,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _order(casualty: Casualty, report: dict[str, Any] | None) -> tuple[int, float]:
     if report is None:
         return (0, 0.0)
-    return (2 if report["consequence"] else 1, report["time"])
+    return (_CONSEQUENCE if report["consequence"] else 1, report["time"])
 
 
 def _cause(casualty: Casualty, report: dict[str, Any]) -> str:

@@ -1,43 +1,69 @@
-"""`distdl launch` on one machine."""
+"""`distdl launch` on this machine: alone, or as the launcher of one node among several."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from pathlib import Path
 
-from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 
 from distdl import errors
 from distdl.launch.agent import RunAgent, StoppedWhileDown
-from distdl.launch.rendezvous import LoopbackRendezvous
+from distdl.launch.rendezvous import LoopbackRendezvous, Meeting, NodesRendezvous
 from distdl.launch.worker import WorkOrder, work
 from distdl.plan import Plan
 from distdl.recipe import Recipe
 from distdl.record import RunDirectory
+from distdl.topology import Agents
 from distdl.train.stop import code_of_a_stop
 
 
-def launch(recipe: Recipe, plan: Plan, directory: RunDirectory, *, allow_changed: bool) -> int:
-    """Run `plan.world_size` workers on this machine until the run ends; returns its exit code.
+def launch(
+    recipe: Recipe, plan: Plan, agents: Agents, directory: RunDirectory, *, allow_changed: bool
+) -> int:
+    """Run this node's workers until the run ends; returns its exit code. Every node's launcher calls it.
 
-    The caller has locked the run directory and called `start_server`. Blocks. Raises LaunchError, naming the
-    rank that failed and why, when the restart budget is spent.
+    The caller has locked the run directory, on node 0, and called `start_server`. Blocks. Raises LaunchError,
+    naming the rank that failed and why, when the restart budget is spent.
     """
+    meeting = _meet(agents, recipe.launch.timeout_s)
     spec = WorkerSpec(
         role="distdl",
-        local_world_size=plan.world_size,
+        local_world_size=plan.world_size // plan.nodes,
         entrypoint=work,
-        rdzv_handler=LoopbackRendezvous(uuid.uuid4().hex[:8]),
+        rdzv_handler=meeting,
         max_restarts=recipe.launch.max_restarts,
         monitor_interval=0.05,
     )
-    agent = RunAgent(spec, directory, lambda attempt: WorkOrder(recipe, str(attempt), allow_changed))
+    agent = RunAgent(spec, meeting, directory, lambda attempt: WorkOrder(recipe, str(attempt), allow_changed))
     agent.install_handlers()
-    directory.event("launch", procs=plan.world_size)
+    directory.event("launch", procs=plan.world_size, node=agents.node)
+    why = "gave up"
     try:
-        result = agent.run()
+        code = _run(agent, directory)
+        why = f"has ended with {code}"
+        return code
+    finally:
+        with contextlib.suppress(DistError):  # node 0 has left before
+            meeting.leave(why)
+
+
+def _meet(agents: Agents, timeout_s: float) -> Meeting:
+    run_id = uuid.uuid4().hex[:8]
+    return LoopbackRendezvous(run_id) if agents.nodes == 1 else NodesRendezvous(run_id, agents, timeout_s)
+
+
+def _run(agent: RunAgent, directory: RunDirectory) -> int:
+    try:
+        result: RunResult = agent.run()
     except StoppedWhileDown:
         return _stopped(agent, directory)
+    except (DistError, errors.LaunchError) as error:
+        if agent.stop_signal is not None:
+            return _stopped(agent, directory)
+        raise errors.LaunchError(f"lost the launchers of the other nodes: {error}") from error
     if result.state is WorkerState.SUCCEEDED:
         codes = list(result.return_values.values())
         return max(codes) if codes else errors.DONE

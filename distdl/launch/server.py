@@ -24,9 +24,9 @@ def start_server(plan: Plan, directory: RunDirectory) -> None:
     """
     os.environ["DISTDL_LAUNCHER_PID"] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)
-    # One machine: gloo and nccl talk over loopback unless the user chose an interface.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if plan.nodes == 1:  # gloo and nccl talk over loopback unless the user chose an interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     # The elastic agent would install handlers that raise, between ours and the first worker.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
     multiprocessing.set_forkserver_preload(["distdl.launch.preload"])

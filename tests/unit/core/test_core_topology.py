@@ -93,7 +93,7 @@ GOLDEN: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     ),
     "by hand, one process": ({"RANK": "0", "WORLD_SIZE": "1"}, {"launcher": "torchrun"}),
     "torchrun inside srun": (
-        {**SRUN, **TORCHRUN},
+        {**SRUN, **TORCHRUN, "SLURM_STEP_NUM_TASKS": "2"},
         {
             "rank": 5,
             "world_size": 8,

@@ -1,0 +1,81 @@
+"""A real Slurm cluster of two nodes, for all the tests in this folder."""
+
+from __future__ import annotations
+
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.local_cluster import Cluster, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "slurm" / "local_cluster.py"
+
+
+class TestCluster:
+    """The cluster, and commands as its user gives them on the login node."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path) -> None:
+        self.cluster = Cluster(folder)
+
+    def say(self, *words: str, on: str = "ctl", timeout_s: float = 90) -> tuple[int, str]:
+        """Run a command to its end: (exit code, all that it printed)."""
+        command = self.cluster.inside(on, ["env", f"--chdir={ROOT}", *words])
+        done = subprocess.run(
+            command,
+            env={**self.cluster.environment, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def distdl(self, *words: str) -> str:
+        """A `distdl` command that has to succeed; what it printed."""
+        code, said = self.say(sys.executable, "-m", "distdl", *words)
+        assert code == 0, said
+        return said
+
+    def queue(self) -> list[str]:
+        """The states of all jobs that have not ended."""
+        return self.say("squeue", "--noheader", "--format=%T")[1].split()
+
+    def processes(self, node: str) -> list[str]:
+        """The commands of the processes of jobs on a node."""
+        _, said = self.say("ps", "-e", "-o", "args=", on=node)
+        daemons = ("bash -c while", "sleep 1000", "slurmd ", "ps -e", "env --chdir")
+        return [line for line in said.splitlines() if not line.startswith(daemons)]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """Skips, saying why, where this machine cannot have one. In a process of its own, whose children the
+    cluster's are: none of pytest's.
+    """
+    if missing():
+        pytest.skip(missing())
+    folder = tmp_path_factory.mktemp("cluster") / "state"
+    command = [sys.executable, str(SCRIPT), "--dir", str(folder)]
+    done = subprocess.run([*command, "up", "2"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    try:
+        yield TestCluster(folder)
+    finally:
+        subprocess.run([*command, "down"], check=True, timeout=60)
+
+
+def wait_until(condition: Callable[[], object], limit_s: float, why: str) -> None:
+    """Look every tenth of a second. Raises AssertionError."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit_s:g} s: {why}"
+        select.select([], [], [], 0.1)
