@@ -132,7 +132,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader, or a kill, sees the old or the new whole."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Two nodes may have processes of the same number, and share this folder.
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()

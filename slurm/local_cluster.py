@@ -68,6 +68,20 @@ class Trouble(Exception):
     """What is in the way, and what to do about it."""
 
 
+def install() -> None:
+    """Install what is missing where that is possible: as root, with apt-get, recommendations left out."""
+    if not missing() or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    print(f"installing {', '.join(PACKAGES)} ...", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(
+            ["apt-get", *words], env=environment, capture_output=True, text=True, check=False
+        )
+    if done.returncode != 0:
+        print(f"apt-get: {done.stderr.strip()[-500:]}", file=sys.stderr)
+
+
 def missing() -> str:
     """Why this machine cannot have a cluster; empty where it can."""
     if os.geteuid() != 0:
@@ -281,7 +295,10 @@ def _wait(condition: Callable[[], bool], limit_s: float, otherwise: str) -> None
 def act(cluster: Cluster, given: argparse.Namespace) -> None:
     """Do what the command line says."""
     word, rest = given.word, given.rest
-    if word == "up":
+    if word == "install":
+        install()
+    elif word == "up":
+        install()
         if missing():
             raise Trouble(missing())
         cluster.up(int(rest[0]) if rest else 2)
@@ -301,7 +318,9 @@ def act(cluster: Cluster, given: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="A real Slurm cluster on this machine.")
     parser.add_argument("--dir", type=Path, default=Path("/tmp/distdl-local-cluster"))
-    parser.add_argument("word", choices=["up", "down", "status", "exec", "on", "off", "boot", "link"])
+    parser.add_argument(
+        "word", choices=["install", "up", "down", "status", "exec", "on", "off", "boot", "link"]
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     try:

@@ -26,6 +26,9 @@ case "${1:-}" in
     exit 2
     ;;
 esac
+if ! [[ "${select[1]:-}" == *"not slow"* ]]; then
+  PYTHON=.venv/bin/python slurm/local-cluster install # as root, where apt-get is; otherwise its tests are skipped
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
@@ -34,5 +37,6 @@ esac
 failed=0
 .venv/bin/python -m pytest -q --durations=10 -n "$((2 * $(nproc)))" --maxprocesses 8 --dist loadfile "${select[@]}" \
   tests/multiprocess tests/cli tests/unit tests/faults --ignore tests/faults/test_kill.py || failed=$?
-.venv/bin/python -m pytest -q --durations=10 "${select[@]}" tests/timed tests/faults/test_kill.py tests/gpu || failed=$?
+.venv/bin/python -m pytest -q --durations=10 "${select[@]}" tests/timed tests/faults/test_kill.py \
+  tests/slurm tests/gpu || failed=$?
 exit "$failed"

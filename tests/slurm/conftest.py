@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes, for all the tests in this folder."""
+"""A real Slurm cluster of two nodes, for all tests in this folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class TestCluster:
 
     def __init__(self, folder: Path) -> None:
         self.cluster = Cluster(folder)
+        self.environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT)}
 
     def say(self, *words: str, on: str = "ctl", timeout_s: float = 90) -> tuple[int, str]:
         """Run a command to its end: (exit code, all that it printed)."""
         command = self.cluster.inside(on, ["env", f"--chdir={ROOT}", *words])
         done = subprocess.run(
             command,
-            env={**self.cluster.environment, "PYTHONPATH": str(ROOT)},
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -48,6 +49,18 @@ class TestCluster:
     def queue(self) -> list[str]:
         """The states of all jobs that have not ended."""
         return self.say("squeue", "--noheader", "--format=%T")[1].split()
+
+    def workers(self, node: str) -> list[str]:
+        """The process ids of the ranks on a node: the children of its fork server."""
+        rows = [line.split(None, 2) for line in self.say("ps", "-e", "-o", "pid=,ppid=,args=", on=node)[1].splitlines()]
+        servers = {pid for pid, _, command in rows if "multiprocessing.forkserver" in command}
+        return [pid for pid, parent, _ in rows if parent in servers and pid not in servers]
+
+    def submit(self, recipe: Path, *words: str) -> Path:
+        """Submit a run to two nodes, one process each; returns its run directory."""
+        options = ["--on", "slurm", "--nodes", "2", "--procs", "1", "launch.slurm.cpus=2"]
+        said = self.distdl("launch", str(recipe), *options, *words)
+        return Path(said.splitlines()[-1].removeprefix("run directory: "))
 
     def processes(self, node: str) -> list[str]:
         """The commands of the processes of jobs on a node."""

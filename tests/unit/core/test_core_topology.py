@@ -8,7 +8,7 @@ import pytest
 
 from distdl import topology
 from distdl.errors import EnvironmentProblem
-from distdl.topology import Topology, first_host, visible_gpus
+from distdl.topology import Agents, Topology, first_host, visible_gpus
 
 TORCHRUN = {
     "RANK": "5",
@@ -278,3 +278,46 @@ def test_ranks_of_a_job_agree_on_the_port_and_jobs_differ() -> None:
     }
     assert len(jobs) == 100
     assert all(15000 <= p < 31000 for p in jobs if p)
+
+
+# --- launchers: one a node ---
+
+EACH = {**SRUN, "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
+
+
+def test_a_launcher_alone() -> None:
+    assert Agents.from_env({}, None) == Agents.from_env(SBATCH, 1) == Agents()
+
+
+def test_one_launcher_on_each_node() -> None:
+    port = 15000 + (1234 * 16 + 2) % 16000
+    assert Agents.from_env(EACH, None) == Agents.from_env(EACH, 3) == Agents(2, 3, "gpu07", port)
+    chosen = {**EACH, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "5000"}
+    assert Agents.from_env(chosen, 3) == Agents(2, 3, "10.0.0.7", 5000)
+
+
+@pytest.mark.parametrize(
+    ("env", "nodes", "says"),
+    [
+        ({}, 2, "2 nodes are asked for and 1 started"),
+        (EACH, 2, "2 nodes are asked for and 3 started"),
+        (SRUN, None, "srun started 6 times `distdl launch` on 3 nodes"),
+        (TORCHRUN, None, "was started by torchrun"),
+        (MPIRUN, None, "was started by mpirun"),
+    ],
+)
+def test_launchers_that_do_not_fit_are_refused(env: dict[str, str], nodes: int | None, says: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=says):
+        Agents.from_env(env, nodes)
+
+
+def test_torchrun_in_every_task_of_srun_is_refused() -> None:
+    with pytest.raises(
+        EnvironmentProblem, match="srun started torchrun 6 times, and each forms a world of 2 nodes"
+    ):
+        read({**SRUN, **TORCHRUN})
+
+
+def test_deepspeed_says_how_many_are_on_a_node() -> None:
+    launched = {k: v for k, v in TORCHRUN.items() if not k.startswith(("LOCAL_WORLD", "TORCHELASTIC"))}
+    assert read({**launched, "LOCAL_SIZE": "4"}).nodes == 2

@@ -1,0 +1,143 @@
+"""What a cluster does to its jobs costs time and nothing else: the bits are those of the undisturbed run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distdl.checkpoint.read import find_latest
+from distdl.record import read_lines
+from distdl.testing import assert_same_bits
+from tests.faults.support import events, tensors_of, wait_for_event, write_recipe
+from tests.runs import train_here
+from tests.slurm.conftest import TestCluster, wait_until
+
+pytestmark = pytest.mark.slow
+
+NODES = ("node1", "node2")
+
+
+def recipe_of(folder: Path, steps: int = 300) -> Path:
+    return write_recipe(
+        folder,
+        batch={"global": 16, "micro": 8},
+        train={"max_steps": steps, "reduction": "exact"},
+        eval={"every_steps": 1_000_000},
+        launch={"timeout_s": 60.0},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    recipe = recipe_of(tmp_path_factory.mktemp("undisturbed"))
+    train_here(recipe, 1)
+    return tensors_of(recipe.parent / "run")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_on_the_nodes(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    cluster: TestCluster = request.getfixturevalue("cluster")
+    cluster.say("scancel", "--user=root")
+    wait_until(lambda: not cluster.queue(), 30, "no job in the queue")
+    wait_until(lambda: not [p for node in NODES for p in cluster.processes(node)], 30, "no process on the nodes")
+
+
+def restarts(run: Path) -> list[int]:
+    return [e["restarts"] for e in events(run, "job_start")]
+
+
+def check_finished(cluster: TestCluster, run: Path, undisturbed: Any, limit_s: float) -> None:
+    wait_until(lambda: not cluster.queue(), limit_s, "the job ends")
+    log = "".join(path.read_text() for path in sorted((run / "slurm").glob("*.log")))
+    assert events(run, "job_end")[-1]["exit_code"] == 0, log
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
+    assert steps == sorted(set(steps)), log
+    assert_same_bits(tensors_of(run), undisturbed)
+
+
+def test_a_worker_that_is_killed_on_one_node_restarts_them_all(
+    cluster: TestCluster, tmp_path: Path, undisturbed: Any
+) -> None:
+    recipe, run = recipe_of(tmp_path), tmp_path / "run"
+    launch = [sys.executable, "-m", "distdl", "launch", str(recipe), "--procs=1"]
+    command = cluster.cluster.inside("ctl", ["srun", "--nodes=2", "--ntasks-per-node=1", "--chdir=/", *launch])
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as job:
+        wait_for_event(run, "save")
+        (worker,) = cluster.workers("node2")
+        cluster.say("kill", "-KILL", worker, on="node2")
+        said = job.communicate(timeout=90)[0]
+    assert job.returncode == 0, said
+    assert "[rank 1] ended by SIGKILL" in said
+    assert {e["rank"] for e in events(run, "rank_failed")} >= {1}
+    first, second = events(run, "start")
+    assert (first["resumed_from"], second["world_size"]) == (None, 2)
+    assert second["resumed_from"].startswith("step-")
+    assert_same_bits(tensors_of(run), undisturbed)
+
+
+def test_a_cancelled_job_saves_and_leaves_no_process(cluster: TestCluster, tmp_path: Path) -> None:
+    run = cluster.submit(recipe_of(tmp_path, 1_000_000))
+    wait_for_event(run, "save")
+    assert cluster.workers("node1")
+    cluster.distdl("slurm", "cancel", str(run))
+    wait_until(lambda: not cluster.queue(), 30, "the job is gone")
+    wait_until(lambda: not [p for node in NODES for p in cluster.processes(node)], 10, "no process is left")
+    stop = events(run, "stop")[-1]
+    assert find_latest(run / "checkpoints").manifest.step == stop["saved"] > 0  # type: ignore[union-attr]
+    assert restarts(run) == [0]
+
+
+def test_a_requeued_job_goes_on(cluster: TestCluster, tmp_path: Path, undisturbed: Any) -> None:
+    run = cluster.submit(recipe_of(tmp_path))
+    wait_for_event(run, "save")
+    cluster.distdl("slurm", "requeue", str(run))
+    wait_for_event(run, "job_start", 2)
+    check_finished(cluster, run, undisturbed, 90)
+    assert restarts(run) == [0, 1]
+    assert "restarts 1, step 300, saved 300" in cluster.distdl("slurm", "status", str(run))
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+def test_a_run_that_meets_its_time_limit_again_and_again_finishes(cluster: TestCluster, tmp_path: Path) -> None:
+    """A minute is the shortest limit there is, and Slurm warns up to half a minute early."""
+    calm = recipe_of(tmp_path / "calm", 6000)
+    run = cluster.submit(recipe_of(tmp_path, 6000), "launch.slurm.time=1", "launch.slurm.warn_s=25")
+    wait_until(lambda: events(run, "done"), 500, "the run is done")
+    train_here(calm, 1)
+    check_finished(cluster, run, tensors_of(calm.parent / "run"), 60)
+    again = restarts(run)
+    assert again == list(range(len(again)))
+    assert len(again) > 2
+    for stop, start in zip(events(run, "stop"), events(run, "start")[1:], strict=True):
+        assert start["resumed_from"] == f"step-{stop['step']:08d}"  # no step is lost
+
+
+@pytest.mark.campaign
+def test_a_preempted_job_gives_way_and_goes_on(cluster: TestCluster, tmp_path: Path, undisturbed: Any) -> None:
+    run = cluster.submit(recipe_of(tmp_path))
+    wait_for_event(run, "save")
+    code, said = cluster.say("srun", "--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "hostname")
+    assert code == 0, said
+    wait_for_event(run, "job_start", 2)
+    check_finished(cluster, run, undisturbed, 90)
+    assert restarts(run) == [0, 1]
+    stop, second = events(run, "stop")[-1], events(run, "start")[-1]
+    assert second["resumed_from"] == f"step-{stop['saved']:08d}"
+
+
+@pytest.mark.campaign
+def test_a_node_without_power_costs_time_only(cluster: TestCluster, tmp_path: Path, undisturbed: Any) -> None:
+    run = cluster.submit(recipe_of(tmp_path))
+    wait_for_event(run, "save")
+    cluster.cluster.off("node2")
+    wait_until(lambda: cluster.queue() == ["PENDING"], 90, "Slurm notices")
+    cluster.cluster.boot("node2")
+    wait_for_event(run, "job_start", 2, timeout_s=90)
+    check_finished(cluster, run, undisturbed, 90)

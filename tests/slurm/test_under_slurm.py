@@ -1,0 +1,80 @@
+"""Under a real Slurm of two nodes: every way in ends with the parameters that one process computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.multiprocess.test_ways_in import PYTHON, TORCHRUN, TRAIN, check, computed_alone, small
+from tests.slurm.conftest import TestCluster, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return computed_alone(tmp_path_factory.mktemp("alone"))
+
+
+TWO = ["srun", "--nodes=2", "--ntasks-per-node=1"]
+SRUN: dict[str, list[str]] = {
+    "srun train": [*TWO, PYTHON, *TRAIN],
+    "srun train, one node": ["srun", "--nodes=1", "--ntasks=2", PYTHON, *TRAIN],
+    "srun distdl launch": [*TWO, PYTHON, "-m", "distdl", "launch", "--nodes=2", "--procs=1"],
+    "srun torchrun": [
+        *TWO, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29511", *TRAIN,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", SRUN)
+def test_under_srun(way: str, cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
+    code, said = cluster.say(*SRUN[way], str(small(tmp_path)))
+    assert code == 0, said
+    check(tmp_path / "run", alone, 2, said)
+
+
+def test_submitted(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
+    recipe, run = small(tmp_path), tmp_path / "run"
+    words = ["launch", str(recipe), "--on", "slurm", "--nodes", "2", "--procs", "1", "launch.slurm.cpus=2"]
+    assert "to start at" in cluster.distdl(*words, "--test-only")
+    assert not run.exists()
+    said = cluster.distdl(*words)
+    number = said.splitlines()[0].removeprefix("job: ")
+    assert said.splitlines()[1] == f"run directory: {run}"
+    wait_until(lambda: not cluster.queue(), 60, "the job ends")
+    log = (run / "slurm" / f"{number}.log").read_text()
+    check(run, alone, 2, log)
+    assert f"job {number}: exit code 0; over" in log
+    assert f"job {number}" in cluster.distdl("slurm", "status", str(run))
+    assert "exit code 0; over" in cluster.distdl("slurm", "logs", str(run))
+
+
+# --- a launcher inside a launcher ---
+
+NESTED = {
+    "torchrun in each task": (
+        ["srun", "--nodes=1", "--ntasks=2", *TORCHRUN, "--standalone", "--nproc-per-node=1", *TRAIN],
+        "srun started torchrun 2 times, and each forms a world of 1 node by itself",
+    ),
+    "distdl launch in each task": (
+        ["srun", "--nodes=1", "--ntasks=2", PYTHON, "-m", "distdl", "launch", "--procs=2"],
+        "srun started 2 times `distdl launch` on 1 node",
+    ),
+    "more nodes than were started": (
+        ["srun", "--nodes=1", "--ntasks=1", PYTHON, "-m", "distdl", "launch", "--nodes=2"],
+        "2 nodes are asked for and 1 started",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_a_launcher_inside_a_launcher_is_explained(case: str, cluster: TestCluster, tmp_path: Path) -> None:
+    words, says = NESTED[case]
+    code, said = cluster.say(*words, str(small(tmp_path)))
+    assert code != 0
+    assert says in said
+    assert not (tmp_path / "run").exists()
