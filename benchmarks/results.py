@@ -57,6 +57,8 @@ def seeds(config: str, count: int) -> tuple[tuple[str, ...], ...]:
 
 
 FULL = "bash launch/fashion_mnist_full.sh"
+MNIST = "bash launch/mnist.sh"
+SCENES = f"{sys.executable} benchmarks/scenes.py --images data/fashion_mnist_full --out data/scenes"
 
 ROWS: dict[str, Row] = {
     "fashion_cnn": Row(
@@ -65,6 +67,53 @@ ROWS: dict[str, Row] = {
         (("fashion_cnn_full.yaml",),),
         prepare=FULL,
         known="two-convolution figures in the dataset's README: 0.876 to 0.939",
+    ),
+    "fashion_resnet": Row(
+        "Fashion-MNIST, `resnet` of 20 layers", (">=", 0.94), (("fashion_resnet.yaml",),), prepare=FULL
+    ),
+    "mnist_cnn5": Row(
+        "MNIST, `cnn5`",
+        (">=", 0.994),
+        (("mnist_cnn5.yaml",),),
+        prepare=MNIST,
+        known="LeNet-5: 0.9905 (LeCun et al., 1998)",
+    ),
+    "reference_cnn5": Row(
+        "Fashion-MNIST, reference network `cnn5`", (">", 0.92), (("reference/cnn5.yaml",),), prepare=FULL
+    ),
+    "reference_cnn20": Row(
+        "Fashion-MNIST, reference network `cnn20`", (">", 0.80), (("reference/cnn20.yaml",),), prepare=FULL
+    ),
+    "reference_cnn20_rnn1": Row(
+        "Fashion-MNIST, reference network `cnn20_rnn1`",
+        (">", 0.80),
+        (("reference/cnn20_rnn1.yaml",),),
+        prepare=FULL,
+    ),
+    "reference_rnn5": Row(
+        "Fashion-MNIST, reference network `rnn5`", (">", 0.70), (("reference/rnn5.yaml",),), prepare=FULL
+    ),
+    "mnist_autoencoder": Row(
+        "MNIST through 30 numbers and back",
+        ("<", 4.0),
+        (("mnist_autoencoder.yaml",),),
+        metric="squared_error",
+        prepare=MNIST,
+        known="PCA 13.87, deep autoencoder 3.00 (Hinton and Salakhutdinov, 2006)",
+    ),
+    "scenes_centernet": Row(
+        "boxes in scenes composed from Fashion-MNIST",
+        (">=", 0.90),
+        (("scenes_centernet.yaml",),),
+        metric="map_50",
+        prepare=SCENES,
+    ),
+    "scenes_unet": Row(
+        "pixels of scenes composed from Fashion-MNIST",
+        (">=", 0.85),
+        (("scenes_unet.yaml",),),
+        metric="miou",
+        prepare=SCENES,
     ),
 }
 

@@ -110,6 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset made before")
     given = parser.parse_args(arguments)
+    if (given.out / "index.json").exists() and not given.overwrite:
+        print(f"{given.out} is there already; --overwrite makes it anew")
+        return 0
     try:
         compose(
             given.images, given.out, {"train": given.train, "test": given.test}, given.seed, given.overwrite
