@@ -22,9 +22,10 @@ class Capabilities:
     `needs_one`: every rank must run at least one. `gathers`: its forward communicates as well (the parameters
     are sharded), so evaluation passes must be equally many too. `shards`: what a rank keeps only a part of.
     `flattens`: the optimiser sees slices of parameters, so one that looks at whole tensors would be wrong.
-    The others list the values of recipe keys that it takes.
+    `library`: what has to be installed beside torch. The others list the values of recipe keys that it takes.
     """
 
+    library: str | None = None
     equal_counts: bool = False
     needs_one: bool = False
     gathers: bool = False
@@ -52,8 +53,9 @@ ENGINES: dict[str, Capabilities] = {
         offloads=("none", "parameters"),
         hybrid_shard=(False, True),
     ),
-    "zero0": Capabilities(needs_one=True),
+    "zero0": Capabilities(library="deepspeed", needs_one=True),
     "zero1": Capabilities(
+        library="deepspeed",
         needs_one=True,
         flattens=True,
         shards=("optimizer",),
@@ -61,6 +63,7 @@ ENGINES: dict[str, Capabilities] = {
         own_optimizers=(False,),
     ),
     "zero2": Capabilities(
+        library="deepspeed",
         equal_counts=True,
         needs_one=True,
         flattens=True,
@@ -71,6 +74,7 @@ ENGINES: dict[str, Capabilities] = {
         unused_parameters=(False,),
     ),
     "zero3": Capabilities(
+        library="deepspeed",
         equal_counts=True,
         needs_one=True,
         gathers=True,
@@ -82,7 +86,7 @@ ENGINES: dict[str, Capabilities] = {
         compiles=(False,),
         unused_parameters=(False,),
     ),
-    "accelerate": Capabilities(needs_one=True),
+    "accelerate": Capabilities(library="accelerate", needs_one=True),
 }
 
 

@@ -190,6 +190,37 @@ def plan(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A recipe, whose needs are checked too."),
+    ] = None,
+    overrides: Overrides = None,
+    engine: EngineName = None,
+    wait: Annotated[
+        float, typer.Option(min=1, help="Seconds that the processes of a job wait for each other.")
+    ] = 30.0,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Mend what can be mended safely: locks that killed builds left.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> int:
+    """Say what would make a run fail here, and what to do: alone, or as every process of a job.
+
+    Alone it looks at this machine. Started as a run would be (`torchrun -m distdl doctor`, `srun python -m
+    distdl doctor`) the processes also compare with each other. Exit code 3 where something would fail.
+    """
+    from distdl.doctor.collect.recipe import Asked
+    from distdl.doctor.report import show
+    from distdl.doctor.run import examine
+
+    asked = Asked(config, _load(config, overrides or [], engine)) if config else None
+    report = examine(asked, os.environ, wait_s=wait, fix=fix)
+    show(report, as_json=as_json)
+    return report.code
+
+
+@app.command()
 def schema() -> int:
     """Print the JSON Schema of recipes, for editors."""
     print(json.dumps(json_schema(), indent=2))  # noqa: T201

@@ -121,6 +121,14 @@ def meet(topology: Topology, device: str, timeout_s: float) -> World:
     """
     if topology.world_size == 1 or dist.is_initialized():
         return World(topology.rank, topology.world_size)
+    store = rendezvous(topology, timeout_s)
+    return join(topology.rank, topology.world_size, device, timeout_s, store)
+
+
+def rendezvous(topology: Topology, timeout_s: float) -> Store:
+    """The store where the ranks of `topology` meet, as in `meet`. Rank 0 opens it at once; the others block
+    until they reach it.
+    """
     host, port = str(topology.master_addr), int(topology.master_port or 0)
     limit = timedelta(seconds=timeout_s)
     if topology.agent_store:
@@ -132,8 +140,7 @@ def meet(topology: Topology, device: str, timeout_s: float) -> World:
             host, port, is_master=hosting, timeout=limit, wait_for_workers=False, master_listen_fd=listener
         )
     # An agent keeps its store over restarts: without a prefix, gloo would dial the workers that died.
-    prefixed = PrefixStore(f"distdl/attempt-{topology.attempt}", store)
-    return join(topology.rank, topology.world_size, device, timeout_s, prefixed)
+    return PrefixStore(f"distdl/attempt-{topology.attempt}", store)
 
 
 def _listen(host: str, port: int) -> int:

@@ -18,7 +18,12 @@ def free_memory(folder: Path) -> int:
     Never negative. Raises OSError where the file system cannot be asked.
     """
     found = os.statvfs(folder)
-    return max(0, min([found.f_bavail * found.f_frsize, *_machine(), *_groups()]))
+    return min(found.f_bavail * found.f_frsize, free_ram())
+
+
+def free_ram() -> int:
+    """The least of what the machine and the control group let this process take. Never negative."""
+    return max(0, min([*_machine(), *_groups()], default=1 << 62))
 
 
 def _machine() -> Iterator[int]:

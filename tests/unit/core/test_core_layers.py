@@ -25,12 +25,12 @@ LAYERS: dict[str, int] = {
         ("plan", "memory", "zero_config", "capabilities", "comm", "pieces", "record", "stores", "testing"), 2
     ),
     **dict.fromkeys(("data", "models", "tasks", "engines", "checkpoint"), 3),
-    **dict.fromkeys(("observe", "train", "launch"), 4),
+    **dict.fromkeys(("observe", "doctor", "train", "launch"), 4),
     **dict.fromkeys(("cli", "__main__"), 5),
 }
 SIBLINGS = 3
 """The layer whose parts never import each other."""
-ORDERED = ["observe", "train", "launch"]
+ORDERED = ["observe", "doctor", "train", "launch"]
 """In layer 4 each may import those before it."""
 
 

@@ -1,0 +1,162 @@
+"""Are cores, memory and limits enough for the processes of a node?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from distdl.doctor.facts import Facts
+from distdl.doctor.finding import Finding, Job, fail, ok, size, warn, where
+
+MEMORY_A_PROCESS = 1 << 30
+"""A process that has imported torch and mapped its data, before it has a model."""
+SHM_A_PROCESS, SHM_A_WORKER = 32 << 20, 64 << 20
+"""What NCCL takes for the ranks of one node; a batch or two from each process that loads data."""
+FILES, FILES_A_RANK, FILES_A_WORKER = 128, 4, 32
+"""Open files of a process: by itself, for each rank it is connected to, for each process that loads data."""
+
+
+def cores(job: Job) -> Iterator[Finding]:
+    """Every process of a node has a core of its own."""
+    for processes in job.nodes.values():
+        first = processes[0]
+        together = {core for f in processes for core in f.machine.cores}
+        pinned = f"{len(processes)} processes may use only core {_list(sorted(together))}{where(job, first)}"
+        if len(together) < len(processes) and len(together) < (first.machine.cpu_quota or 1e9):
+            yield warn(
+                f"{pinned}: they take turns",
+                "give each cores of its own: srun --cpu-bind=cores --cpus-per-task=N, mpirun --bind-to none, "
+                "or fewer processes",
+            )
+        quota = first.machine.cpu_quota
+        if quota is not None and quota < len(processes):
+            yield warn(
+                f"the control group grants {quota:g} cores to {len(processes)} processes{where(job, first)}",
+                "ask the scheduler or the container for more (--cpus-per-task, docker --cpus)",
+            )
+    yield ok("; ".join(f"{len(_of_node(p))}{where(job, p[0])}" for p in job.nodes.values()))
+
+
+def _of_node(processes: Sequence[Facts]) -> set[int]:
+    return {core for f in processes for core in f.machine.cores}
+
+
+def _list(cores: list[int]) -> str:
+    return ", ".join(map(str, cores))
+
+
+def threads(job: Job) -> Iterator[Finding]:
+    """No more threads than cores."""
+    for processes in job.nodes.values():
+        first, here = processes[0], len(_of_node(processes))
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            text = first.env.get(variable)
+            if text is None:
+                continue
+            if not text.isdigit() or int(text) == 0:
+                yield warn(
+                    f"{variable}={text} is no number of threads{where(job, first)}", f"unset {variable}"
+                )
+            elif int(text) * len(processes) > 2 * here:
+                yield warn(
+                    f"{variable}={text} with {len(processes)} process(es) on {here} cores{where(job, first)}: "
+                    "threads get in each other's way",
+                    f"unset {variable}, or set it to {max(1, here // len(processes))}",
+                )
+    yield ok("no more than cores")
+
+
+def memory(job: Job) -> Iterator[Finding]:
+    """There is room for the processes of the node."""
+    for processes in job.nodes.values():
+        first = processes[0]
+        here, room = len(processes), first.machine.memory_free
+        if room < here * MEMORY_A_PROCESS:
+            make = fail if room < here * MEMORY_A_PROCESS // 2 else warn
+            yield make(
+                f"{size(room)} of {size(first.machine.memory)} of memory is free for {here} "
+                f"process(es){where(job, first)}; each takes about {size(MEMORY_A_PROCESS)} before it has a "
+                "model",
+                "end what else runs there, start fewer processes, or ask for more (sbatch --mem, docker "
+                "--memory)",
+            )
+    yield ok("; ".join(f"{size(f.machine.memory_free)} free{where(job, f)}" for f in job.leaders[:4]))
+
+
+def shared_memory(job: Job) -> Iterator[Finding]:
+    """/dev/shm holds what the processes of a node hand to each other through it."""
+    wanted = job.wanted
+    for processes in job.nodes.values():
+        first, here = processes[0], len(processes)
+        workers = wanted.workers if wanted else 0
+        need = here * workers * SHM_A_WORKER
+        if first.gpus.present and here > 1:
+            need += here * SHM_A_PROCESS
+        if wanted and wanted.replicas:
+            need += 2 * (wanted.save or 0)  # its own snapshot, and the one of the node before it
+        room = first.machine.shm_free
+        found = f"/dev/shm has {size(room)} free of {size(first.machine.shm)}{where(job, first)}"
+        todo = (
+            "make it larger (docker run --shm-size=8g or --ipc=host; as root: mount -o remount,size=8G "
+            "/dev/shm)"
+        )
+        if room < need:
+            less = " or hardware.workers=0" if workers else ""
+            less += " or checkpoint.replicas=none" if wanted and wanted.replicas else ""
+            yield fail(f"{found}; the processes of this node need about {size(need)}", f"{todo}{less}")
+        elif first.machine.shm < 128 << 20 and (first.gpus.present or wanted is None):
+            yield warn(f"{found}, which is a container's default", f"{todo} before loading data in workers")
+    yield ok("; ".join(f"{size(f.machine.shm_free)} free{where(job, f)}" for f in job.leaders[:4]))
+
+
+def limits(job: Job) -> Iterator[Finding]:
+    """Limits of open files, processes and locked memory."""
+    workers = job.wanted.workers if job.wanted else 0
+    need = FILES + FILES_A_RANK * job.world_size + FILES_A_WORKER * workers
+    for processes in job.nodes.values():
+        first = min(processes, key=lambda f: f.machine.open_files)
+        it = first.machine
+        if it.open_files < need:
+            hard = "" if it.open_files_hard >= need else ", and the hard limit: limits.conf, LimitNOFILE"
+            yield fail(
+                f"a process may have {it.open_files} open files{where(job, first)}, and needs about {need} "
+                f"with {job.world_size} ranks",
+                f"raise it before starting: ulimit -n {min(max(need, 65536), max(need, it.open_files_hard))}, docker --ulimit nofile{hard}",
+            )
+        threads_needed = len(processes) * (8 + workers) + 64
+        if it.processes < threads_needed:
+            yield fail(
+                f"this user may have {it.processes} processes and threads{where(job, first)}, and the node "
+                f"needs about {threads_needed}",
+                "raise it: ulimit -u, limits.conf, docker --pids-limit",
+            )
+        infiniband = any(name.startswith("ib") for name in first.network.interfaces)
+        if infiniband and it.locked_memory is not None and it.locked_memory < 64 << 20:
+            yield fail(
+                f"a process may lock {size(it.locked_memory)} of memory{where(job, first)}; InfiniBand needs it "
+                "without a limit",
+                "ulimit -l unlimited; under Slurm, LimitMEMLOCK=infinity in slurmd's unit",
+            )
+    it = job.first.machine
+    yield ok(f"{it.open_files} open files, {it.processes} processes")
+
+
+def folders(job: Job) -> Iterator[Finding]:
+    """Temporary files and caches can be written."""
+    for facts in job.leaders:
+        it = facts.machine
+        if it.tmp_error:
+            yield fail(
+                f"no temporary file can be made in {it.tmp}{where(job, facts)}: {it.tmp_error}",
+                "set TMPDIR to a folder that exists and that you may write",
+            )
+        elif it.tmp_free < 256 << 20:
+            yield warn(
+                f"{it.tmp} has {size(it.tmp_free)} free{where(job, facts)}",
+                "free some, or set TMPDIR to another folder",
+            )
+        if it.cache_error:
+            yield warn(
+                f"the cache {it.cache} cannot be written{where(job, facts)}: {it.cache_error}",
+                "set DISTDL_CACHE (and HOME, or XDG_CACHE_HOME) to folders that you may write",
+            )
+    yield ok(f"{job.first.machine.tmp}, {job.first.machine.cache}")

@@ -1,0 +1,123 @@
+"""What a recipe asks of the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distdl.capabilities import engine_of
+from distdl.checkpoint.read import find_latest
+from distdl.data import describe_data
+from distdl.data.feed import access_of
+from distdl.doctor.facts import Wanted
+from distdl.errors import CheckpointError, DistdlError
+from distdl.plan import make_plan
+from distdl.recipe import Recipe, recipe_hash
+from distdl.record import RunDirectory
+from distdl.topology import Topology
+
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A recipe, and the file it was read from."""
+
+    name: str
+    recipe: Recipe
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        """Its run directory; nothing is created."""
+        return RunDirectory.of(self.recipe)
+
+    def wanted(self, topology: Topology) -> Wanted:
+        """What it needs here. Reads indexes of data and of checkpoints; imports no torch."""
+        recipe = self.recipe
+        engine, device = recipe.hardware.engine, recipe.hardware.device
+        data_error = plan_error = None
+        try:
+            info = describe_data(recipe.data, access_of(_impatient(recipe)))
+        except (DistdlError, OSError) as error:
+            data_error = str(error)
+        else:
+            try:
+                planned = make_plan(recipe, topology, info)
+                engine, device = engine_of(recipe, topology.accelerate), planned.device
+            except DistdlError as error:
+                plan_error = str(error)
+        missing = [module for module, files in self._modules.items() if files is None]
+        return Wanted(
+            recipe=self.name,
+            hash=recipe_hash(recipe),
+            engine=engine,
+            device=device,
+            workers=recipe.hardware.workers,
+            keep=recipe.checkpoint.keep,
+            save=self._last_save(),
+            replicas=recipe.checkpoint.replicas == "node",
+            plan_error=plan_error,
+            data_error=data_error,
+            code_error=f"no module {', '.join(missing)} in {Path.cwd()} or installed" if missing else None,
+        )
+
+    def _last_save(self) -> int | None:
+        place = self.directory.checkpoints
+        if not isinstance(place, Path) or not place.is_dir():
+            return None
+        try:
+            manifest = find_latest(place, verify=False).manifest
+        except (CheckpointError, OSError):
+            return None
+        return sum(file.size for file in manifest.files.values()) if manifest else None
+
+    @property
+    def code_files(self) -> dict[str, tuple[list[Path], Path]]:
+        """Module of the user's own that the recipe names -> the Python files of its package, and their base."""
+        return {module: files for module, files in self._modules.items() if files is not None and files[0]}
+
+    @cached_property
+    def _modules(self) -> dict[str, tuple[list[Path], Path] | None]:
+        """Top-level module -> its files; none for what is installed, None where it cannot be found."""
+        tops = {name.partition(".")[0] for name in _import_paths(self.recipe.model_dump(mode="json"))}
+        return {top: _files_of(top) for top in sorted(tops)}
+
+
+def _impatient(recipe: Recipe) -> Recipe:
+    """A doctor says what is wrong now; a run waits for a server to come back."""
+    hardware = recipe.hardware.model_copy(update={"retry_s": PATIENCE_S})
+    return recipe.model_copy(update={"hardware": hardware})
+
+
+def _import_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("name", "transform") and isinstance(item, str) and IMPORT_PATH.fullmatch(item):
+                yield item
+            else:
+                yield from _import_paths(item)
+
+
+def _files_of(top: str) -> tuple[list[Path], Path] | None:
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as when the recipe's own names are imported
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return None
+    origin = Path(spec.origin) if spec.origin else None
+    folders = list(spec.submodule_search_locations or ())
+    base = Path(folders[0]) if folders else origin.parent if origin else Path.cwd()
+    if (
+        origin is None
+        and not folders
+        or any(part in ("site-packages", "dist-packages") for part in base.parts)
+    ):
+        return [], base
+    return (sorted(base.rglob("*.py")) if folders else [Path(str(origin))]), base

@@ -1,0 +1,133 @@
+"""The run directory: what a checkpoint will do there, done once with a small file."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from distdl.checkpoint.disk import sync_directory, write_durably
+from distdl.checkpoint.store import store_at
+from distdl.doctor.collect.machine import nearest_folder
+from distdl.doctor.collect.recipe import Asked
+from distdl.doctor.facts import Storage
+from distdl.errors import DistdlError
+from distdl.stores import scrub
+
+PROBE = ".distdl-doctor-"
+
+
+def storage_here(asked: Asked | None) -> Storage:
+    """The recipe's run directory, or the current folder where no recipe was given. Leaves nothing behind:
+    in a run directory that does not exist, the nearest folder above it is tried.
+    """
+    wanted = asked.directory.path if asked else Path.cwd()
+    folder = nearest_folder(wanted.absolute())
+    scratch = folder / f"{PROBE}{secrets.token_hex(6)}"
+    told: dict[str, str | None] = {"error": _trying(scratch.mkdir)}
+    skew = 0.0
+    if told["error"] is None:
+        skew = _probe(scratch, told)
+    there = os.statvfs(folder) if folder.exists() else None
+    store = asked.recipe.checkpoint.dir if asked else None
+    return Storage(
+        run=str(wanted),
+        free=shutil.disk_usage(folder).free,
+        # Some file systems make room for files as they need it, and say 0 of 0.
+        free_files=there.f_favail if there and there.f_files else None,
+        filesystem=_kind(folder),
+        clock_skew=skew,
+        store=scrub(store) if store else None,
+        store_error=_trying(lambda: store_at(store).steps()) if store else None,
+        **told,
+    )
+
+
+def _probe(scratch: Path, told: dict[str, str | None]) -> float:
+    """Try what a checkpoint does; returns the file server's clock less this one's, in seconds."""
+    try:
+        before = time.time()
+        told["fsync_error"] = _trying(
+            lambda: (write_durably(scratch / "a", b"doctor"), sync_directory(scratch))
+        )
+        skew = (
+            _beyond((scratch / "a").stat().st_mtime, before, time.time())
+            if told["fsync_error"] is None
+            else 0.0
+        )
+        told["rename_error"] = _trying(lambda: _rename(scratch))
+        told["lock_error"] = _trying(lambda: _lock(scratch / "lock"))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return skew
+
+
+def _rename(scratch: Path) -> None:
+    (scratch / "new").mkdir()
+    (scratch / "new").rename(scratch / "old")
+
+
+def _lock(path: Path) -> None:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _beyond(moment: float, low: float, high: float) -> float:
+    """How far a moment lies outside [low, high], but for the ticks in which files are dated."""
+    far = moment - high if moment > high else min(0.0, moment - low)
+    return far if abs(far) > 0.1 else 0.0
+
+
+def _trying(action: Callable[[], object]) -> str | None:
+    """What an action says when it fails; None where it does not."""
+    try:
+        action()
+    except OSError as error:
+        return error.strerror or str(error)
+    except DistdlError as error:
+        return str(error)
+    except Exception as error:  # a store's library raises what it likes
+        return scrub(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _kind(folder: Path) -> str:
+    """The kind of file system, from Linux's table of mounts."""
+    best, kind = -1, "unknown"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, point, name, *_ = line.split()
+            inside = folder.resolve().is_relative_to(point.replace("\\040", " "))
+            if inside and len(point) >= best:
+                best, kind = len(point), name
+    return kind
+
+
+def leave_mark(folder: Path, token: str, rank: int) -> None:
+    """A file that says that `rank` can write here. Raises OSError."""
+    write_durably(nearest_folder(folder.absolute()) / f"{PROBE}{token}-{rank}", b"")
+
+
+def marks(folder: Path, token: str, expected: int, patience_s: float) -> tuple[int, ...]:
+    """The ranks whose marks are here, once there are `expected`, or after `patience_s` seconds: a network file
+    system may show a new file late.
+    """
+    at, end = nearest_folder(folder.absolute()), time.monotonic() + patience_s
+    while True:
+        with contextlib.suppress(OSError):
+            sync_directory(at)
+        found = sorted(int(p.name.rpartition("-")[2]) for p in at.glob(f"{PROBE}{token}-*"))
+        if len(found) >= expected or time.monotonic() >= end:
+            return tuple(found)
+        time.sleep(0.2)
+
+
+def take_mark_away(folder: Path, token: str, rank: int) -> None:
+    """Remove it again."""
+    with contextlib.suppress(OSError):
+        (nearest_folder(folder.absolute()) / f"{PROBE}{token}-{rank}").unlink(missing_ok=True)
