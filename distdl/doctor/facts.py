@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-
 STALE_LOCK_S = 900.0
-"""A build's lock that nobody has touched for so long was left behind: the longest build takes some minutes."""
+"""A build's lock that nobody has touched for so long was left behind: a long build takes minutes."""
 
 
 class Model(BaseModel):
@@ -145,7 +144,7 @@ class Machine(Model):
 class Storage(Model):
     """The run directory and where checkpoints go. `clock_skew`: the file server's clock less this one's.
 
-    `seen`: of the ranks that each left a file there, those whose file this one has found; None: nobody looked.
+    `seen`: of the ranks that each left a file there, those whose file this one found; None: nobody looked.
     """
 
     run: str = "runs/unnamed"

@@ -11,7 +11,7 @@ from distdl.doctor.facts import Measured
 from distdl.doctor.meeting import Meeting
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 SIZES = (4 << 10, 1 << 20, 16 << 20)
 SECONDS_A_SIZE = 0.3

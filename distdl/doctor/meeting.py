@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 Json = Any
 POLL_S = 0.05
@@ -49,11 +49,20 @@ class Meeting:
             return {}
         found = {}
         for member in self.members:
-            try:
-                found[member] = self._read(f"{name}/{member}") if member not in self._silent else None
-            except Lost:
-                self._silent.add(member)
-        return {member: value for member, value in found.items() if member not in self._silent}
+            heard, told = self._hear(f"{name}/{member}", member)
+            if heard:
+                found[member] = told
+        return found
+
+    def _hear(self, key: str, member: int) -> tuple[bool, Json]:
+        """Whether a process answered in time, and what. Nobody waits a second time for one that did not."""
+        if member in self._silent:
+            return False, None
+        try:
+            return True, self._read(key)
+        except Lost:
+            self._silent.add(member)
+            return False, None
 
     def share(self, name: str, value: Json = None) -> Json:
         """Rank 0's value, on all. The others wait for it; raises Lost."""
@@ -72,16 +81,13 @@ class Meeting:
             return {}
         found = {}
         for member in self.members:
-            if member == self.number or member in self._silent:
+            if member == self.number:
                 continue
             before = time.time()
             self._store.set(f"clock-asked/{member}", json.dumps(None))
-            try:
-                told = float(self._read(f"clock/{member}"))
-            except Lost:
-                self._silent.add(member)
-                continue
-            found[member] = told - (before + time.time()) / 2
+            heard, told = self._hear(f"clock/{member}", member)
+            if heard:
+                found[member] = float(told) - (before + time.time()) / 2
         return found
 
     def _read(self, key: str, times: int = 1) -> Json:

@@ -17,14 +17,16 @@ INDENT = 28
 
 
 def show(report: Report, *, as_json: bool) -> None:
-    """Print what a process has to say, if it has; each finding on a line, what to do about it on the next."""
+    """Print what a process has to say, if it has: a finding a line, below it what to do. The worst
+    comes last, where it is read first.
+    """
     if report.findings is None:
         return
     if as_json:
         print(as_text(report))  # noqa: T201
         return
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    for finding in report.findings:
+    for finding in sorted(report.findings, key=lambda f: ORDER.index(f.status), reverse=True):
         console.print(Text(report.label).append_text(line(finding)))
         if finding.todo:
             console.print(Text(f"{report.label}{' ' * INDENT}do: {finding.todo}"))

@@ -19,7 +19,7 @@ from distdl.doctor.meeting import Lost, Meeting
 from distdl.topology import Topology
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 SEEN_S = 10.0
 """So late may a file that another node wrote appear: attributes are cached by NFS for some seconds."""

@@ -30,11 +30,8 @@ def connections(job: Job) -> Iterator[Finding]:
 def all_reduce(job: Job) -> Iterator[Finding]:
     """All processes sum a tensor, beside what the link should give."""
     measured = job.first.measured
-    errors = [
-        f"{f.label}: {f.measured.all_reduce_error}"
-        for f in job.facts
-        if f.measured and f.measured.all_reduce_error
-    ]
+    answers = ((f.label, f.measured.all_reduce_error) for f in job.facts if f.measured)
+    errors = [f"{label}: {error}" for label, error in answers if error]
     if errors:
         yield fail(
             f"an all-reduce over all {job.world_size} processes failed: {errors[0]}",
@@ -60,8 +57,8 @@ def all_reduce(job: Job) -> Iterator[Finding]:
     if best < least:
         yield warn(
             told,
-            "check that the fast interface is used (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_IB_HCA), that "
-            "nothing else uses it, and its cable and switch (ethtool IFACE)",
+            "check that the fast interface is used (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_IB_HCA), "
+            "that nothing else uses it, and its cable and switch (ethtool IFACE)",
         )
     yield ok(told)
 

@@ -124,8 +124,8 @@ def idle(job: Job) -> Iterator[Finding]:
             )
         elif card.used > BUSY and not held:
             yield warn(
-                f"GPU {card.index}{where(job, facts)} has {size(card.used)} in use, by nobody that can be seen "
-                "from here",
+                f"GPU {card.index}{where(job, facts)} has {size(card.used)} in use, by nobody that is "
+                "seen from here",
                 "another container or user has it: end that, or choose other GPUs in CUDA_VISIBLE_DEVICES",
             )
     yield ok(f"{len(cards)} with nobody on them")
@@ -140,7 +140,7 @@ def settings(job: Job) -> Iterator[Finding]:
         for name in LEFT_OVER:
             if facts.env.get(name, "0") not in ("0", ""):
                 yield warn(
-                    f"{name}={facts.env[name]} is set{where(job, facts)}, which slows communication or GPUs down",
+                    f"{name}={facts.env[name]} is set{where(job, facts)}, which slows things down",
                     f"unset {name}, unless this machine needs it",
                 )
     yield ok("nothing unusual in NCCL's variables")

@@ -58,7 +58,7 @@ def threads(job: Job) -> Iterator[Finding]:
                 )
             elif int(text) * len(processes) > 2 * here:
                 yield warn(
-                    f"{variable}={text} with {len(processes)} process(es) on {here} cores{where(job, first)}: "
+                    f"{variable}={text}, {len(processes)} process(es), {here} cores{where(job, first)}: "
                     "threads get in each other's way",
                     f"unset {variable}, or set it to {max(1, here // len(processes))}",
                 )
@@ -120,7 +120,7 @@ def limits(job: Job) -> Iterator[Finding]:
             yield fail(
                 f"a process may have {it.open_files} open files{where(job, first)}, and needs about {need} "
                 f"with {job.world_size} ranks",
-                f"raise it before starting: ulimit -n {min(max(need, 65536), max(need, it.open_files_hard))}, docker --ulimit nofile{hard}",
+                f"raise it before starting: ulimit -n {max(need, 4096)}, docker --ulimit nofile{hard}",
             )
         threads_needed = len(processes) * (8 + workers) + 64
         if it.processes < threads_needed:
@@ -132,8 +132,8 @@ def limits(job: Job) -> Iterator[Finding]:
         infiniband = any(name.startswith("ib") for name in first.network.interfaces)
         if infiniband and it.locked_memory is not None and it.locked_memory < 64 << 20:
             yield fail(
-                f"a process may lock {size(it.locked_memory)} of memory{where(job, first)}; InfiniBand needs it "
-                "without a limit",
+                f"a process may lock {size(it.locked_memory)} of memory{where(job, first)}; InfiniBand "
+                "needs it without a limit",
                 "ulimit -l unlimited; under Slurm, LimitMEMLOCK=infinity in slurmd's unit",
             )
     it = job.first.machine

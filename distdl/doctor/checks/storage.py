@@ -95,7 +95,7 @@ def store(job: Job) -> Iterator[Finding]:
     for facts in job.leaders:
         if facts.storage.store_error:
             yield fail(
-                f"checkpoint.dir={facts.storage.store} cannot be listed{where(job, facts)}: "
+                f"checkpoint.dir={facts.storage.store} cannot be used{where(job, facts)}: "
                 f"{facts.storage.store_error}",
                 "check the address (for S3: AWS_ENDPOINT_URL), the credentials and the bucket; leave "
                 "checkpoint.dir out to keep checkpoints in the run directory",

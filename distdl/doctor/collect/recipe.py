@@ -41,7 +41,7 @@ class Asked:
     def wanted(self, topology: Topology) -> Wanted:
         """What it needs here. Reads indexes of data and of checkpoints; imports no torch."""
         recipe = self.recipe
-        engine, device = recipe.hardware.engine, recipe.hardware.device
+        engine, device = str(recipe.hardware.engine), str(recipe.hardware.device)
         data_error = plan_error = None
         try:
             info = describe_data(recipe.data, access_of(_impatient(recipe)))
@@ -80,7 +80,7 @@ class Asked:
 
     @property
     def code_files(self) -> dict[str, tuple[list[Path], Path]]:
-        """Module of the user's own that the recipe names -> the Python files of its package, and their base."""
+        """Module of the user's own that the recipe names -> its Python files, and the folder they are in."""
         return {module: files for module, files in self._modules.items() if files is not None and files[0]}
 
     @cached_property
@@ -111,13 +111,8 @@ def _files_of(top: str) -> tuple[list[Path], Path] | None:
     spec = importlib.util.find_spec(top)
     if spec is None:
         return None
-    origin = Path(spec.origin) if spec.origin else None
-    folders = list(spec.submodule_search_locations or ())
-    base = Path(folders[0]) if folders else origin.parent if origin else Path.cwd()
-    if (
-        origin is None
-        and not folders
-        or any(part in ("site-packages", "dist-packages") for part in base.parts)
-    ):
+    folders, origin = list(spec.submodule_search_locations or ()), Path(spec.origin or "built-in")
+    base = Path(folders[0]) if folders else origin.parent
+    if {"site-packages", "dist-packages"} & set(base.parts) or not base.is_absolute():
         return [], base
-    return (sorted(base.rglob("*.py")) if folders else [Path(str(origin))]), base
+    return (sorted(base.rglob("*.py")) if folders else [origin]), base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -45,10 +46,8 @@ def software_here(env: Mapping[str, str], asked: Asked | None, *, fix: bool) -> 
 def _versions() -> dict[str, str]:
     found = {}
     for name in COMPARED:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

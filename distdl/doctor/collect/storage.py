@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distdl.checkpoint.disk import sync_directory, write_durably
 from distdl.checkpoint.store import store_at
-from distdl.doctor.collect.machine import nearest_folder
+from distdl.doctor.collect.machine import cannot_write, nearest_folder
 from distdl.doctor.collect.recipe import Asked
 from distdl.doctor.facts import Storage
 from distdl.errors import DistdlError
@@ -29,42 +29,48 @@ def storage_here(asked: Asked | None) -> Storage:
     wanted = asked.directory.path if asked else Path.cwd()
     folder = nearest_folder(wanted.absolute())
     scratch = folder / f"{PROBE}{secrets.token_hex(6)}"
-    told: dict[str, str | None] = {"error": _trying(scratch.mkdir)}
-    skew = 0.0
-    if told["error"] is None:
-        skew = _probe(scratch, told)
-    there = os.statvfs(folder) if folder.exists() else None
+    told: dict[str, str | None] = {"error": trying(scratch.mkdir)}
+    skew = _probe(scratch, told) if told["error"] is None else 0.0
     store = asked.recipe.checkpoint.dir if asked else None
+    saves = nearest_folder(Path(store).absolute()) if store and "://" not in store else folder
+    there = os.statvfs(saves)
     return Storage(
         run=str(wanted),
-        free=shutil.disk_usage(folder).free,
+        free=there.f_bavail * there.f_frsize,
         # Some file systems make room for files as they need it, and say 0 of 0.
-        free_files=there.f_favail if there and there.f_files else None,
+        free_files=there.f_favail if there.f_files else None,
         filesystem=_kind(folder),
         clock_skew=skew,
         store=scrub(store) if store else None,
-        store_error=_trying(lambda: store_at(store).steps()) if store else None,
+        store_error=_store_error(store, saves) if store else None,
         **told,
     )
 
 
+def _store_error(store: str, folder: Path) -> str | None:
+    if "://" in store:
+        return trying(lambda: store_at(store).steps())
+    return cannot_write(folder)
+
+
 def _probe(scratch: Path, told: dict[str, str | None]) -> float:
     """Try what a checkpoint does; returns the file server's clock less this one's, in seconds."""
+    skew = 0.0
     try:
         before = time.time()
-        told["fsync_error"] = _trying(
-            lambda: (write_durably(scratch / "a", b"doctor"), sync_directory(scratch))
-        )
-        skew = (
-            _beyond((scratch / "a").stat().st_mtime, before, time.time())
-            if told["fsync_error"] is None
-            else 0.0
-        )
-        told["rename_error"] = _trying(lambda: _rename(scratch))
-        told["lock_error"] = _trying(lambda: _lock(scratch / "lock"))
+        told["fsync_error"] = trying(lambda: _write(scratch))
+        if told["fsync_error"] is None:
+            skew = _beyond((scratch / "a").stat().st_mtime, before, time.time())
+        told["rename_error"] = trying(lambda: _rename(scratch))
+        told["lock_error"] = trying(lambda: _lock(scratch / "lock"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return skew
+
+
+def _write(scratch: Path) -> None:
+    write_durably(scratch / "a", b"doctor")
+    sync_directory(scratch)
 
 
 def _rename(scratch: Path) -> None:
@@ -83,7 +89,7 @@ def _beyond(moment: float, low: float, high: float) -> float:
     return far if abs(far) > 0.1 else 0.0
 
 
-def _trying(action: Callable[[], object]) -> str | None:
+def trying(action: Callable[[], object]) -> str | None:
     """What an action says when it fails; None where it does not."""
     try:
         action()
@@ -114,8 +120,8 @@ def leave_mark(folder: Path, token: str, rank: int) -> None:
 
 
 def marks(folder: Path, token: str, expected: int, patience_s: float) -> tuple[int, ...]:
-    """The ranks whose marks are here, once there are `expected`, or after `patience_s` seconds: a network file
-    system may show a new file late.
+    """The ranks whose marks are here, once there are `expected`, or after `patience_s` seconds: a network
+    file system may show a new file late.
     """
     at, end = nearest_folder(folder.absolute()), time.monotonic() + patience_s
     while True:
