@@ -111,7 +111,7 @@ def spread(found: dict[Any, list[str]]) -> str:
 
 def size(nbytes: float) -> str:
     """Bytes for a person."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}"
-    return f"{nbytes / 1e3:.3g} kB"
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20)):
+        if nbytes >= 1 << power:
+            return f"{nbytes / (1 << power):.3g} {unit}"
+    return f"{nbytes / 1024:.3g} KiB"

@@ -78,7 +78,7 @@ def driver(job: Job) -> Iterator[Finding]:
                 f"there are {gpus.present} GPU(s){at}, and torch {torch.version} is built without CUDA",
                 "install a build with CUDA (pytorch.org), or use hardware.device=cpu",
             )
-        elif gpus.driver and too_old(gpus.driver, torch.cuda):
+        elif gpus.driver and torch.devices == 0 and too_old(gpus.driver, torch.cuda):
             yield fail(
                 f"the driver {gpus.driver} is too old for CUDA {torch.cuda}, which torch {torch.version} was "
                 f"built for{at}",

@@ -86,7 +86,10 @@ class Asked:
     @cached_property
     def _modules(self) -> dict[str, tuple[list[Path], Path] | None]:
         """Top-level module -> its files; none for what is installed, None where it cannot be found."""
-        tops = {name.partition(".")[0] for name in _import_paths(self.recipe.model_dump(mode="json"))}
+        tops = {
+            name.partition(":")[0].partition(".")[0]
+            for name in _import_paths(self.recipe.model_dump(mode="json"))
+        }
         return {top: _files_of(top) for top in sorted(tops)}
 
 

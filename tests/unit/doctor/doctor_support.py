@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 from pathlib import Path
@@ -44,13 +43,12 @@ def healthy(nodes: int = 1, per_node: int = 2) -> list[Facts]:
 
 def changed(facts: Facts, **parts: Any) -> Facts:
     """`changed(f, network={"clock_skew": 9})`: fields of a part, or a whole part."""
-    whole = {
-        name: getattr(facts, name).model_copy(update=value)
-        if isinstance(value, dict) and name != "env"
-        else value
-        for name, value in parts.items()
-    }
-    return facts.model_copy(update=whole)
+    for name, value in parts.items():
+        whole = value
+        if isinstance(value, dict) and name != "env":
+            whole = getattr(facts, name).model_copy(update=value)
+        facts = facts.model_copy(update={name: whole})
+    return facts
 
 
 def problems(facts: list[Facts]) -> list[Finding]:
@@ -70,27 +68,11 @@ def visit(
             resource.RLIMIT_NOFILE, (open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         )
     asked = Asked(Path(recipe).name, load_recipe(Path(recipe))) if recipe else None
-    topology = Topology(
-        rank=world.rank, world_size=world.size, local_rank=world.rank, local_world_size=world.size, launcher="torchrun"
-    )  # fmt: skip
-    _, place = place_in({})
-    told = {
-        name: getattr(topology, name) for name in ("rank", "world_size", "local_rank", "local_world_size")
-    }
-    place = place.model_copy(update={**told, "launcher": "torchrun"})
+    told = {"rank": world.rank, "world_size": world.size, "local_rank": world.rank}
+    told |= {"local_world_size": world.size, "launcher": "torchrun"}
+    topology, place = Topology(**told), place_in({})[1].model_copy(update=told)
     env = {n: v for n, v in os.environ.items() if n not in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")}
     mine = collect(env, topology, place, asked, wait_s=5, fix=False)
     store = PrefixStore("doctor", dist.distributed_c10d._get_default_store())
     report = examine_together(mine, asked, store, topology, wait_s=20)
     return [f.as_dict() for f in report.findings or ()]
-
-
-@contextlib.contextmanager
-def working_in(folder: Path) -> Any:
-    """The folder as the current one."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

@@ -27,8 +27,9 @@ from tests.unit.doctor.doctor_support import WANTED, changed, healthy, problems,
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = ROOT / "configs" / "fashion_cnn.yaml"
-LIST = yaml.safe_load(Path(__file__).with_name("misconfigurations.yaml").read_text())
-KINDS = {it["kind"]: it for it in [*LIST["first"], *LIST["second"]]}
+KINDS = {
+    it["kind"]: it for it in yaml.safe_load(Path(__file__).with_name("misconfigurations.yaml").read_text())
+}
 """Kind -> what has to be said of it."""
 
 Seed = Callable[[Path, pytest.MonkeyPatch], list[Finding]]
@@ -55,6 +56,7 @@ def from_facts(kind: str, nodes: int, per_node: int, which: int | None, **parts:
 
 TWO_GPUS = Gpus(present=2, driver="550.54", cards=(Gpu(index=0), Gpu(index=1)))
 WITH_CUDA = {"torch": Torch(cuda="12.8", nccl="2.21.5", devices=2)}
+UNUSABLE = {"torch": Torch(cuda="12.8", cuda_error="the driver is too old")}
 
 from_facts("hostname-is-loopback", 2, 1, 1, network={"host_addresses": ("127.0.1.1",)})
 from_facts("clock-skew", 2, 1, 1, network={"clock_skew": -90.0})
@@ -62,7 +64,7 @@ from_facts("torch-differs", 3, 1, 1, software={"torch": Torch(version="2.5.1")})
 from_facts("shm-tiny", 1, 2, None, machine={"shm": 64 << 20, "shm_free": 64 << 20},
            wanted=WANTED.model_copy(update={"workers": 4}))  # fmt: skip
 from_facts(
-    "driver-too-old", 1, 2, None, gpus=TWO_GPUS.model_copy(update={"driver": "470.82"}), software=WITH_CUDA
+    "driver-too-old", 1, 2, None, gpus=TWO_GPUS.model_copy(update={"driver": "470.82"}), software=UNUSABLE
 )
 from_facts("duplicate-rank", 3, 1, 2, place={"rank": 1})
 from_facts("world-size-differs", 2, 1, 1, place={"world_size": 4})
@@ -162,6 +164,7 @@ def _(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
 def on_two_ranks(
     folders: list[Path], recipe: Path | None, cores: list[int] | None = None, open_files: int | None = None
 ) -> list[Finding]:
+    """What is found by two real ranks, each in its folder."""
     told = run_world(visit, 2, recipe and str(recipe), [str(f) for f in folders], cores, open_files)
     assert told[1] == []
     return [Finding(**f) for f in told[0] if f["status"] in ("warn", "fail")]
