@@ -82,7 +82,7 @@ def _link(job: Job) -> float | None:
 
 
 def _why(job: Job) -> str:
-    return "a single process" if job.world_size == 1 else "left out: what is said above would make it fail"
+    return "a single process" if job.world_size == 1 else "left out: what fails here would make it fail too"
 
 
 def _rate(nbytes: float) -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from distdl.comm import World
+from distdl.doctor import run
 from distdl.doctor.checks import findings
 from distdl.doctor.collect import collect, place_in
 from distdl.doctor.collect.recipe import Asked
@@ -68,6 +69,7 @@ def visit(
             resource.RLIMIT_NOFILE, (open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         )
     asked = Asked(Path(recipe).name, load_recipe(Path(recipe))) if recipe else None
+    run.SEEN_S = 1.0  # a file system of this machine shows a file at once, or never
     told = {"rank": world.rank, "world_size": world.size, "local_rank": world.rank}
     told |= {"local_world_size": world.size, "launcher": "torchrun"}
     topology, place = Topology(**told), place_in({})[1].model_copy(update=told)

@@ -42,13 +42,9 @@ def start_all(folder: Path, processes: list[Mapping[str, str]], *options: str) -
 
 def ranks(*numbers: int, world: int, port: int, host: str = "127.0.0.1") -> list[Mapping[str, str]]:
     """The variables that a launcher sets."""
-    return [
-        {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": host, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-        }
-        for rank in numbers
-    ]  # fmt: skip
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    shared |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in numbers]
 
 
 def test_alone_on_a_healthy_machine(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def from_facts(kind: str, nodes: int, per_node: int, which: int | None, **parts:
 
 
 TWO_GPUS = Gpus(present=2, driver="550.54", cards=(Gpu(index=0), Gpu(index=1)))
+BUSY = Gpu(index=1, others={4242: 9 << 30})
 WITH_CUDA = {"torch": Torch(cuda="12.8", nccl="2.21.5", devices=2)}
 UNUSABLE = {"torch": Torch(cuda="12.8", cuda_error="the driver is too old")}
 
@@ -82,7 +83,7 @@ from_facts(
     "visible-gpu-missing", 1, 2, None, gpus=TWO_GPUS, software=WITH_CUDA, env={"CUDA_VISIBLE_DEVICES": "0,7"}
 )
 from_facts("gpu-busy", 1, 2, None, software=WITH_CUDA,
-           gpus=TWO_GPUS.model_copy(update={"cards": (Gpu(index=0), Gpu(index=1, others={4242: 9 << 30}))}))  # fmt: skip
+           gpus=TWO_GPUS.model_copy(update={"cards": (Gpu(index=0), BUSY)}))  # fmt: skip
 from_facts("too-many-threads", 1, 2, None, env={"OMP_NUM_THREADS": "512"})
 from_facts("proxy-catches-loopback", 1, 2, None,
            env={"http_proxy": "http://proxy:3128", "AWS_ENDPOINT_URL": "http://127.0.0.1:9000"})  # fmt: skip
