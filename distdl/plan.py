@@ -6,7 +6,7 @@ Later code obeys the plan and decides nothing again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ class DataInfo:
     """What the plan and the model need to know about a dataset, read from its index alone.
 
     `elements`: split -> sequence column -> how many elements all its rows have, where an index says so.
-    `remote`: its shards are fetched while it is read.
+    `remote`: its shards are fetched while it is read. `decode`: token ids to text, where the dataset has its
+    tokenizer.
     """
 
     name: str
@@ -50,6 +51,7 @@ class DataInfo:
     fingerprint: str
     elements: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     remote: bool = False
+    decode: Callable[[Sequence[int]], str] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +15,8 @@ import xxhash
 from distdl.data.catalogue import locate, title
 from distdl.data.folders import Splits, parquet_splits
 from distdl.data.huggingface import array_shape, as_converted, columns_of, fields_of, read_features
-from distdl.data.index import INDEX_FILE, read_index
+from distdl.data.index import INDEX_FILE, Index, read_index
+from distdl.data.prepare.draft import TOKENIZER_FILE
 from distdl.data.prepare.readers import Source, source_of
 from distdl.data.saved import is_saved, saved_splits
 from distdl.errors import DataError
@@ -45,10 +49,27 @@ def describe(name: str | None, path: str | Path | None, patience: Patience | Non
         return RemoteDataset.open(str(path), patience=patience).info
     folder = locate(name, path)
     if (folder / INDEX_FILE).is_file():
-        return read_index(folder).info()
+        return prepared_info(read_index(folder), folder)
     files = saved_splits(folder) if is_saved(folder) else parquet_splits(folder)
     source = source_of(files, "arrow" if is_saved(folder) else "parquet")
     return info_of(source, files, title(name, path))
+
+
+def prepared_info(index: Index, folder: Path) -> DataInfo:
+    """What the index of the prepared dataset in `folder` says, and how its tokens are read as text."""
+    file = folder / TOKENIZER_FILE
+    return replace(index.info(), decode=partial(_text_of, file) if file.is_file() else None)
+
+
+def _text_of(tokenizer: Path, tokens: Sequence[int]) -> str:
+    from distdl.data.prepare.tokenize import decode
+
+    return decode(_contents(tokenizer), tokens)
+
+
+@lru_cache(maxsize=2)
+def _contents(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def info_of(source: Source, files: Splits, name: str) -> DataInfo:

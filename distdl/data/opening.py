@@ -13,7 +13,7 @@ from distdl.data.catalogue import locate, title
 from distdl.data.folders import parquet_splits
 from distdl.data.huggingface import columns_of
 from distdl.data.index import INDEX_FILE, Column, Index, SplitFiles, read_index, resolve
-from distdl.data.info import info_of, is_url
+from distdl.data.info import info_of, is_url, prepared_info
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.readers import source_of
 from distdl.data.prepare.run import prepare
@@ -91,7 +91,7 @@ def ready(name: str | None, path: str | Path | None, access: Access | None = Non
     folder = locate(name, path)
     if (folder / INDEX_FILE).is_file():
         index = read_index(folder)
-        return Ready(index.info(), folder, index, {})
+        return Ready(prepared_info(index, folder), folder, index, {})
     if is_saved(folder):
         files = saved_splits(folder)
         source = source_of(files, "arrow")

@@ -15,10 +15,12 @@ from distdl.models.autoencoder import Autoencoder, ConvAutoencoder
 from distdl.models.centernet import CenterNet
 from distdl.models.cnn import Cnn, Crnn
 from distdl.models.cnn5 import Cnn5
+from distdl.models.crnn_ctc import CrnnCtc
 from distdl.models.image_rnn import ImageRnn
 from distdl.models.lstm import Recurrent
 from distdl.models.lstm_lm import LstmLm
 from distdl.models.resnet import ResNet
+from distdl.models.seq2seq_lstm import Seq2SeqLstm
 from distdl.models.unet import UNet
 
 ModelFactory = Callable[..., nn.Module]
@@ -76,6 +78,8 @@ BUILT_IN: dict[str, ModelFactory] = {
     "autoencoder": _autoencoder,
     "conv_autoencoder": _conv_autoencoder,
     "lstm_lm": LstmLm,
+    "seq2seq_lstm": Seq2SeqLstm,
+    "crnn_ctc": CrnnCtc,
 }
 
 

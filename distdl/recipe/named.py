@@ -91,6 +91,24 @@ class LanguageModelling(NamedSection):
     vocabulary: Count | None = Field(None, description="Different token ids. Null: as the dataset says.")
 
 
+class Translation(NamedSection):
+    """A column of tokens to another, by cross-entropy; the metrics are bleu, chrf, perplexity and loss."""
+
+    name: Literal["translation"] = Field(description="The task.")
+    source: Text = Field(description="Column of tokens to translate from.")
+    target: Text = Field(description="Column of tokens to translate to.")
+    label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all tokens.")
+    beam: Natural = Field(1, description="Sequences kept in evaluation. 1: greedy. 0: the loss alone.")
+    max_tokens: Count = Field(80, description="Longest translation in evaluation.")
+    length_penalty: NotNegative = Field(1.0, description="How much a longer sequence is favoured.")
+
+
+class Transcription(NamedSection):
+    """Images to strings of symbols, by connectionist temporal classification; the metric is accuracy."""
+
+    name: Literal["transcription"] = Field(description="The task.")
+
+
 class ImportedTask(NamedSection):
     """A task of your own. Keys beside `name` are passed to it."""
 
@@ -233,6 +251,28 @@ class LstmLm(NamedSection):
     tied: bool = Field(True, description="The embedding is also what weighs the outputs.")
 
 
+class Seq2SeqLstm(NamedSection):
+    """A bidirectional LSTM that reads a sequence, and an LSTM with attention that writes another."""
+
+    name: Literal["seq2seq_lstm"] = Field(description="The model.")
+    embedding: Count = Field(256, description="Size of the vector that stands for a token.")
+    hidden: Count = Field(256, description="Units of one direction of one layer.")
+    layers: Count = Field(1, description="Layers of each of the two.")
+    dropout: Fraction = Field(0.2, description="Probability of dropping an activation between layers.")
+    tied: bool = Field(False, description="Source, target and output weights are one.")
+
+
+class CrnnCtc(NamedSection):
+    """Convolutions that keep the width of an image as time, recurrent layers, and logits at every step."""
+
+    name: Literal["crnn_ctc"] = Field(description="The model.")
+    width: Count = Field(32, description="Channels of the first convolution.")
+    hidden: Count = Field(128, description="Units of one direction of one recurrent layer.")
+    layers: Count = Field(1, description="Recurrent layers.")
+    cell: Literal["lstm", "gru", "rnn"] = Field("lstm", description="Their cell.")
+    dropout: Fraction = Field(0.0, description="Probability of dropping an activation between layers.")
+
+
 class ImportedModel(NamedSection):
     """A model of your own, made by a factory. Keys beside `name` are passed to the factory."""
 
@@ -371,6 +411,8 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "detection": Detection,
         "reconstruction": Reconstruction,
         "language_modelling": LanguageModelling,
+        "translation": Translation,
+        "transcription": Transcription,
         IMPORT_PATH: ImportedTask,
     },
     "model": {
@@ -387,6 +429,8 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "autoencoder": Autoencoder,
         "conv_autoencoder": ConvAutoencoder,
         "lstm_lm": LstmLm,
+        "seq2seq_lstm": Seq2SeqLstm,
+        "crnn_ctc": CrnnCtc,
         IMPORT_PATH: ImportedModel,
     },
     "optim": {
@@ -420,6 +464,8 @@ Task = Annotated[
     | Annotated[Detection, Tag("detection")]
     | Annotated[Reconstruction, Tag("reconstruction")]
     | Annotated[LanguageModelling, Tag("language_modelling")]
+    | Annotated[Translation, Tag("translation")]
+    | Annotated[Transcription, Tag("transcription")]
     | Annotated[ImportedTask, Tag(IMPORT_PATH)],
     Discriminator(_by_name("task")),
 ]
@@ -437,6 +483,8 @@ Model = Annotated[
     | Annotated[Autoencoder, Tag("autoencoder")]
     | Annotated[ConvAutoencoder, Tag("conv_autoencoder")]
     | Annotated[LstmLm, Tag("lstm_lm")]
+    | Annotated[Seq2SeqLstm, Tag("seq2seq_lstm")]
+    | Annotated[CrnnCtc, Tag("crnn_ctc")]
     | Annotated[ImportedModel, Tag(IMPORT_PATH)],
     Discriminator(_by_name("model")),
 ]

@@ -18,6 +18,8 @@ from distdl.tasks.language_modelling import LanguageModelling
 from distdl.tasks.reconstruction import Reconstruction
 from distdl.tasks.segmentation import Segmentation
 from distdl.tasks.text_classification import TextClassification
+from distdl.tasks.transcription import Transcription
+from distdl.tasks.translation import Translation
 
 __all__ = ["BUILT_IN", "Batch", "Carrying", "Columns", "Rows", "Task", "build_task"]
 
@@ -28,6 +30,8 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "detection": Detection,
     "reconstruction": Reconstruction,
     "language_modelling": LanguageModelling,
+    "translation": Translation,
+    "transcription": Transcription,
 }
 
 _PARTS = ("build_model", "collate", "count", "loss_sum")

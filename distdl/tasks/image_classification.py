@@ -12,8 +12,9 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.plan import DataInfo
 from distdl.tasks.base import Batch, Rows
+from distdl.tasks.columns import words
 from distdl.tasks.mixing import blend
-from distdl.tasks.pictures import Pictures, is_image, words
+from distdl.tasks.pictures import Pictures, is_image
 
 
 class ImageClassification:

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from distdl.errors import DataError
 from distdl.plan import DataInfo, Field
+from distdl.tasks.columns import in_words
 
 
 def is_image(field: Field) -> bool:
     """Whether rows are uint8 images of one size: [H, W], [H, W, C] or [C, H, W]."""
     return field.dtype == "uint8" and len(field.shape) in (2, 3) and None not in field.shape
-
-
-def words(data: DataInfo) -> str:
-    """The columns of `data` for an error: name, dtype, classes and shape of each."""
-    return ", ".join(f"{name} ({_words(field)})" for name, field in data.fields.items())
 
 
 def image_column(data: DataInfo, name: str, task: str) -> Field:
@@ -29,9 +25,9 @@ def image_column(data: DataInfo, name: str, task: str) -> Field:
     if is_image(field):
         return field
     raise DataError(
-        f"task {task} reads images from column {name!r} of dataset {data.name!r}, which is {_words(field)}; "
-        "expected uint8 of two or three dimensions, all of one size. `distdl data prepare` with --image-size "
-        "makes them"
+        f"task {task} reads images from column {name!r} of dataset {data.name!r}, which is "
+        f"{in_words(field)}; expected uint8 of two or three dimensions, all of one size. `distdl data "
+        "prepare` with --image-size makes them"
     )
 
 
@@ -51,9 +47,3 @@ class Pictures:
             pixels = np.moveaxis(pixels, -1, 1)
         images = torch.from_numpy(np.ascontiguousarray(pixels)).view(-1, *self.input_shape)
         return images.to(torch.float32)
-
-
-def _words(field: Field) -> str:
-    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
-    classes = f" of {field.num_classes} classes" if field.num_classes else ""
-    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"

@@ -12,7 +12,8 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.plan import DataInfo
 from distdl.tasks.base import Batch, Rows
-from distdl.tasks.tokens import token_columns, vocabulary_of, words
+from distdl.tasks.columns import words
+from distdl.tasks.tokens import token_columns, vocabulary_of
 
 
 class TextClassification:

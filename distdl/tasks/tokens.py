@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from distdl.errors import DataError, RecipeError
-from distdl.plan import DataInfo, Field
+from distdl.plan import DataInfo
 
 
 def token_columns(data: DataInfo) -> list[str]:
     """The columns of integers of varying length."""
     return [n for n, f in data.fields.items() if f.shape == (None,) and "int" in f.dtype]
-
-
-def words(data: DataInfo) -> str:
-    """The columns of a dataset, for an error message."""
-    return ", ".join(f"{name} ({_words(field)})" for name, field in data.fields.items())
-
-
-def _words(field: Field) -> str:
-    shape = " x ".join("varies" if n is None else str(n) for n in field.shape)
-    classes = f" of {field.num_classes} classes" if field.num_classes else ""
-    return f"{field.dtype}{classes}{f' [{shape}]' if shape else ''}"
 
 
 def vocabulary_of(data: DataInfo, column: str, given: int | None) -> int:

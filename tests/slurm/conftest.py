@@ -52,7 +52,10 @@ class TestCluster:
 
     def workers(self, node: str) -> list[str]:
         """The process ids of the ranks on a node: the children of its fork server."""
-        rows = [line.split(None, 2) for line in self.say("ps", "-e", "-o", "pid=,ppid=,args=", on=node)[1].splitlines()]
+        rows = [
+            line.split(None, 2)
+            for line in self.say("ps", "-e", "-o", "pid=,ppid=,args=", on=node)[1].splitlines()
+        ]
         servers = {pid for pid, _, command in rows if "multiprocessing.forkserver" in command}
         return [pid for pid, parent, _ in rows if parent in servers and pid not in servers]
 

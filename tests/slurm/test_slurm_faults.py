@@ -45,7 +45,9 @@ def _nothing_left_on_the_nodes(request: pytest.FixtureRequest) -> Iterator[None]
     cluster: TestCluster = request.getfixturevalue("cluster")
     cluster.say("scancel", "--user=root")
     wait_until(lambda: not cluster.queue(), 30, "no job in the queue")
-    wait_until(lambda: not [p for node in NODES for p in cluster.processes(node)], 30, "no process on the nodes")
+    wait_until(
+        lambda: not [p for node in NODES for p in cluster.processes(node)], 30, "no process on the nodes"
+    )
 
 
 def restarts(run: Path) -> list[int]:
@@ -66,7 +68,9 @@ def test_a_worker_that_is_killed_on_one_node_restarts_them_all(
 ) -> None:
     recipe, run = recipe_of(tmp_path), tmp_path / "run"
     launch = [sys.executable, "-m", "distdl", "launch", str(recipe), "--procs=1"]
-    command = cluster.cluster.inside("ctl", ["srun", "--nodes=2", "--ntasks-per-node=1", "--chdir=/", *launch])
+    command = cluster.cluster.inside(
+        "ctl", ["srun", "--nodes=2", "--ntasks-per-node=1", "--chdir=/", *launch]
+    )
     with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as job:
         wait_for_event(run, "save")
         (worker,) = cluster.workers("node2")
@@ -105,7 +109,9 @@ def test_a_requeued_job_goes_on(cluster: TestCluster, tmp_path: Path, undisturbe
 
 @pytest.mark.campaign
 @pytest.mark.timeout(600)
-def test_a_run_that_meets_its_time_limit_again_and_again_finishes(cluster: TestCluster, tmp_path: Path) -> None:
+def test_a_run_that_meets_its_time_limit_again_and_again_finishes(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
     """A minute is the shortest limit there is, and Slurm warns up to half a minute early."""
     calm = recipe_of(tmp_path / "calm", 6000)
     run = cluster.submit(recipe_of(tmp_path, 6000), "launch.slurm.time=1", "launch.slurm.warn_s=25")
@@ -120,10 +126,14 @@ def test_a_run_that_meets_its_time_limit_again_and_again_finishes(cluster: TestC
 
 
 @pytest.mark.campaign
-def test_a_preempted_job_gives_way_and_goes_on(cluster: TestCluster, tmp_path: Path, undisturbed: Any) -> None:
+def test_a_preempted_job_gives_way_and_goes_on(
+    cluster: TestCluster, tmp_path: Path, undisturbed: Any
+) -> None:
     run = cluster.submit(recipe_of(tmp_path))
     wait_for_event(run, "save")
-    code, said = cluster.say("srun", "--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "hostname")
+    code, said = cluster.say(
+        "srun", "--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "hostname"
+    )
     assert code == 0, said
     wait_for_event(run, "job_start", 2)
     check_finished(cluster, run, undisturbed, 90)

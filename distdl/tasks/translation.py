@@ -1,0 +1,132 @@
+"""Translation: a column of tokens to another; cross-entropy of target tokens, perplexity, BLEU, chrF."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distdl.errors import DataError, nearest
+from distdl.plan import DataInfo
+from distdl.tasks.base import Batch, Rows
+from distdl.tasks.bleu import bleu_and_chrf, check_sacrebleu
+from distdl.tasks.columns import words
+from distdl.tasks.tokens import token_columns, vocabulary_of
+
+_NO_TARGET = -100
+
+
+class Translation:
+    """Rows with two columns of token ids (integers, varying length), `source` and `target`.
+
+    Counts target tokens, the end of the sentence being one. Two ids are added to the vocabularies, for the
+    begin and the end of a sentence: a tokenizer from elsewhere may have none. In evaluation sentences are
+    found by beam search, at most `max_tokens` long, and compared as text; `beam` 0 measures the loss alone.
+
+    The model is called with source ids [N, S], lengths [N] and target ids [N, T], for logits; and without
+    target, with the keys beam, steps, bos, eos and length_penalty, for the ids [N, steps] that it finds.
+    """
+
+    image_field: str | None = None
+
+    def __init__(
+        self,
+        make_model: Callable[..., nn.Module],
+        data_info: DataInfo,
+        source: str,
+        target: str,
+        label_smoothing: float = 0.0,
+        beam: int = 1,
+        max_tokens: int = 80,
+        length_penalty: float = 1.0,
+    ) -> None:
+        """Raises DataError for columns that are no tokens, EnvironmentProblem where sacrebleu is missing."""
+        self._make_model = make_model
+        self._source, self._target, self._smoothing = source, target, label_smoothing
+        for column in (source, target):
+            able = token_columns(data_info)
+            if column not in able:
+                raise DataError(
+                    f"task translation: {column!r} is no column of token ids{nearest(column, able) or '.'} "
+                    f"Dataset {data_info.name!r} has {words(data_info)}; `distdl data prepare --tokenize "
+                    f"{source} --tokenize {target}` makes them"
+                )
+        self._sizes = [vocabulary_of(data_info, column, None) + 2 for column in (source, target)]
+        self._bos, self._eos = self._sizes[1] - 2, self._sizes[1] - 1
+        self._search = {
+            "beam": beam,
+            "steps": max_tokens,
+            "bos": self._bos,
+            "eos": self._eos,
+            "length_penalty": length_penalty,
+        }
+        self._decode = data_info.decode
+        if beam:
+            check_sacrebleu()
+            if self._decode is None:
+                raise DataError(
+                    f"dataset {data_info.name!r} has no tokenizer to make text of tokens with, which BLEU "
+                    "compares: prepare it with --tokenize, or set task.beam=0, which measures the loss alone"
+                )
+
+    def build_model(self) -> nn.Module:
+        source, target = self._sizes
+        return self._make_model(source_vocabulary=source, target_vocabulary=target)
+
+    def collate(self, rows: Rows) -> Batch:
+        source, target = rows[self._source], rows[self._target]
+        lengths = torch.from_numpy(target.lengths.astype(np.int64))
+        ids = torch.from_numpy(target.padded(0, max(int(target.lengths.max(initial=0)), 1)).astype(np.int64))
+        begins = functional.pad(ids, (1, 0), value=self._bos)
+        at = torch.arange(begins.shape[1])
+        ends = functional.pad(ids, (0, 1)).masked_fill(at == lengths[:, None], self._eos)
+        longest = max(int(source.lengths.max(initial=0)), 1)
+        return {
+            "source": torch.from_numpy(source.padded(0, longest).astype(np.int64)),
+            "lengths": torch.from_numpy(source.lengths.astype(np.int64)),
+            "inputs": begins.masked_fill(at > lengths[:, None], 0),
+            "targets": ends.masked_fill(at > lengths[:, None], _NO_TARGET),
+        }
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["targets"] != _NO_TARGET).sum())
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._loss_sum(model, batch, self._smoothing)
+
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """The summed loss, the tokens counted, and what was found beside what was wanted, as text."""
+        found = {"loss": float(self._loss_sum(model, batch, 0.0)), "count": self.count(batch)}
+        if not self._search["beam"]:
+            return found
+        ids = model(batch["source"], batch["lengths"], **self._search).tolist()
+        wanted = [[token for token in row if token != _NO_TARGET] for row in batch["targets"].tolist()]
+        return {**found, "hypotheses": self._texts(ids), "references": self._texts(wanted)}
+
+    def metrics(self, found: list[dict[str, Any]]) -> dict[str, float]:
+        loss = math.fsum(f["loss"] for f in found) / max(sum(f["count"] for f in found), 1)
+        metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        if self._search["beam"]:
+            texts = ([text for f in found for text in f[key]] for key in ("hypotheses", "references"))
+            metrics |= bleu_and_chrf(*texts)
+        return metrics
+
+    def _loss_sum(self, model: nn.Module, batch: Batch, smoothing: float) -> Tensor:
+        logits = model(batch["source"], batch["lengths"], batch["inputs"])
+        return functional.cross_entropy(
+            logits.flatten(0, 1).float(),
+            batch["targets"].flatten(),
+            reduction="sum",
+            ignore_index=_NO_TARGET,
+            label_smoothing=smoothing,
+        )
+
+    def _texts(self, rows: Sequence[list[int]]) -> list[str]:
+        assert self._decode is not None, "checked when the task was made"
+        cut = [row[: row.index(self._eos)] if self._eos in row else row for row in rows]
+        return [self._decode([token for token in row if token < self._bos]) for row in cut]

@@ -1,0 +1,92 @@
+"""Transcription: strings, their loss, and how wrong a string is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from distdl.data.table.ragged import Ragged
+from distdl.errors import DataError
+from distdl.models import model_factory
+from distdl.plan import DataInfo, Field
+from distdl.tasks import build_task
+from distdl.tasks.transcription import edit_distance
+
+FIELDS = {"image": Field("uint8", (16, 24)), "digits": Field("int32", (None,), None, 5)}
+
+
+def task(fields: dict[str, Field] | None = None) -> Any:
+    info = DataInfo("strings", {"train": 1}, FIELDS if fields is None else fields, "f")
+    return build_task("transcription", {}, model_factory("crnn_ctc", {"width": 4, "hidden": 8}), info)
+
+
+def rows(strings: list[list[int]]) -> dict[str, Any]:
+    """Symbol s is a bar of brightness 50 * s at its place."""
+    image = np.zeros((len(strings), 16, 24), np.uint8)
+    for picture, string in zip(image, strings, strict=True):
+        for place, symbol in enumerate(string):
+            picture[:, place * 8 + 2 : place * 8 + 6] = 50 * (symbol + 1)
+    values = np.array([s for string in strings for s in string], np.int32)
+    return {"image": image, "digits": Ragged(values, np.array([len(s) for s in strings], np.int64))}
+
+
+STRINGS = [[0, 1, 2], [4], [3, 3], [], [2, 0, 4], [1, 1, 1]]
+
+
+@torch.no_grad()
+def test_the_loss_is_the_sum_over_rows_and_padding_changes_nothing() -> None:
+    torch.manual_seed(0)
+    mine = task()
+    model = mine.build_model().eval()
+    batch = mine.collate(rows(STRINGS))
+    assert mine.count(batch) == 6
+    assert model(batch["images"]).shape == (6, 24 // 4, 6)
+    each = [float(mine.loss_sum(model, mine.collate(rows([s])))) for s in STRINGS]
+    assert float(mine.loss_sum(model, batch)) == pytest.approx(sum(each), rel=1e-5)
+    # Of the empty string: blanks, which are the last logit, at every step.
+    blank = model(mine.collate(rows([[]]))["images"]).log_softmax(2)[0, :, 5]
+    assert each[3] == pytest.approx(-float(blank.sum()), rel=1e-5)
+
+
+def test_it_learns_and_measures_whole_strings_and_edits() -> None:
+    torch.manual_seed(0)
+    mine = task()
+    model = mine.build_model()
+    batch = mine.collate(rows(STRINGS))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(80):
+        optimizer.zero_grad()
+        (mine.loss_sum(model, batch) / 6).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert mine.metric_sums(model, batch)["accuracy"] == (6, 6)
+        other = {**batch, "symbols": batch["symbols"].clone()}
+        other["symbols"][0, 1] = 4
+        metrics = mine.metric_sums(model, other)
+    assert metrics["accuracy"] == (5, 6)
+    assert metrics["error_rate"] == (1, 12)
+
+
+def test_repeats_are_one_symbol_unless_a_blank_stands_between() -> None:
+    best = torch.tensor([[5, 2, 2, 5, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1]])
+    batch = {"symbols": torch.tensor([[2, 2, 3], [1, 1, 0]]), "lengths": torch.tensor([3, 2]), "images": None}
+    metrics = task().metric_sums(lambda _: functional.one_hot(best, 6).float(), batch)
+    assert metrics["accuracy"] == (1, 2)
+    assert metrics["error_rate"] == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "edits"),
+    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ba", 2), ("a", "a", 0)],
+)
+def test_edits(a: str, b: str, edits: int) -> None:
+    assert edit_distance([*map(ord, a)], [*map(ord, b)]) == edits
+
+
+def test_data_that_do_not_suit() -> None:
+    with pytest.raises(DataError, match=r"one column of token ids; dataset 'strings' has image"):
+        task({"image": FIELDS["image"]})
