@@ -51,13 +51,11 @@ class TestCluster:
         return self.say("squeue", "--noheader", "--format=%T")[1].split()
 
     def workers(self, node: str) -> list[str]:
-        """The process ids of the ranks on a node: the children of its fork server."""
-        rows = [
-            line.split(None, 2)
-            for line in self.say("ps", "-e", "-o", "pid=,ppid=,args=", on=node)[1].splitlines()
-        ]
-        servers = {pid for pid, _, command in rows if "multiprocessing.forkserver" in command}
-        return [pid for pid, parent, _ in rows if parent in servers and pid not in servers]
+        """The process ids of the ranks on a node: forked from its fork server, and named like it."""
+        _, said = self.say("ps", "-e", "-o", "pid=", "-o", "ppid=", "-o", "args=", on=node)
+        rows = [line.split(None, 2) for line in said.splitlines()]
+        forked = {pid: parent for pid, parent, command in rows if "multiprocessing.forkserver" in command}
+        return [pid for pid, parent in forked.items() if parent in forked]
 
     def submit(self, recipe: Path, *words: str) -> Path:
         """Submit a run to two nodes, one process each; returns its run directory."""
@@ -65,11 +63,22 @@ class TestCluster:
         said = self.distdl("launch", str(recipe), *options, *words)
         return Path(said.splitlines()[-1].removeprefix("run directory: "))
 
-    def processes(self, node: str) -> list[str]:
-        """The commands of the processes of jobs on a node."""
-        _, said = self.say("ps", "-e", "-o", "args=", on=node)
-        daemons = ("bash -c while", "sleep 1000", "slurmd ", "ps -e", "env --chdir")
-        return [line for line in said.splitlines() if not line.startswith(daemons)]
+    def processes(self) -> list[str]:
+        """What runs on the nodes beside their daemons: node and command."""
+        daemons = ("bash -c while", "sleep 1000", "slurmd ", "ps -e")
+        return [
+            f"{node}: {line}"
+            for node in self.cluster.nodes
+            for line in self.say("ps", "-e", "-o", "args=", on=node)[1].splitlines()
+            if not line.startswith(daemons)
+        ]
+
+    def assert_nobody_left(self, within_s: float) -> None:
+        """No job and no process of one is left, or they go in time."""
+        end = time.monotonic() + within_s
+        while left := [*self.queue(), *self.processes()]:
+            assert time.monotonic() < end, f"left behind: {left}"
+            select.select([], [], [], 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,9 @@ from distdl.record import read_lines
 from distdl.testing import assert_same_bits
 from tests.faults.support import events, tensors_of, wait_for_event, write_recipe
 from tests.runs import train_here
-from tests.slurm.conftest import TestCluster, wait_until
+from tests.slurm.conftest import ROOT, TestCluster, wait_until
 
 pytestmark = pytest.mark.slow
-
-NODES = ("node1", "node2")
 
 
 def recipe_of(folder: Path, steps: int = 300) -> Path:
@@ -43,11 +41,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def _nothing_left_on_the_nodes(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     cluster: TestCluster = request.getfixturevalue("cluster")
-    cluster.say("scancel", "--user=root")
-    wait_until(lambda: not cluster.queue(), 30, "no job in the queue")
-    wait_until(
-        lambda: not [p for node in NODES for p in cluster.processes(node)], 30, "no process on the nodes"
-    )
+    for job in cluster.say("squeue", "--noheader", "--format=%i")[1].split():
+        cluster.say("scancel", job)
+    cluster.assert_nobody_left(30)
 
 
 def restarts(run: Path) -> list[int]:
@@ -68,10 +64,15 @@ def test_a_worker_that_is_killed_on_one_node_restarts_them_all(
 ) -> None:
     recipe, run = recipe_of(tmp_path), tmp_path / "run"
     launch = [sys.executable, "-m", "distdl", "launch", str(recipe), "--procs=1"]
-    command = cluster.cluster.inside(
-        "ctl", ["srun", "--nodes=2", "--ntasks-per-node=1", "--chdir=/", *launch]
-    )
-    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as job:
+    command = cluster.cluster.inside("ctl", ["srun", "--nodes=2", "--ntasks-per-node=1", *launch])
+    with subprocess.Popen(
+        command,
+        env=cluster.environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
         wait_for_event(run, "save")
         (worker,) = cluster.workers("node2")
         cluster.say("kill", "-KILL", worker, on="node2")
@@ -90,8 +91,7 @@ def test_a_cancelled_job_saves_and_leaves_no_process(cluster: TestCluster, tmp_p
     wait_for_event(run, "save")
     assert cluster.workers("node1")
     cluster.distdl("slurm", "cancel", str(run))
-    wait_until(lambda: not cluster.queue(), 30, "the job is gone")
-    wait_until(lambda: not [p for node in NODES for p in cluster.processes(node)], 10, "no process is left")
+    cluster.assert_nobody_left(20)
     stop = events(run, "stop")[-1]
     assert find_latest(run / "checkpoints").manifest.step == stop["saved"] > 0  # type: ignore[union-attr]
     assert restarts(run) == [0]
