@@ -25,7 +25,8 @@ PACKED = ("packed", "lanes")
 
 @dataclass(frozen=True)
 class Field:
-    """One column of a dataset: element type and shape of one row (None: varies); `num_classes` for labels.
+    """One column of a dataset: element type and shape of one row (None: varies); `num_classes` and
+    the names of the `classes` for labels.
 
     `vocabulary`: how many different token ids there are, from 0, in a column of tokens.
     """
@@ -34,6 +35,7 @@ class Field:
     shape: tuple[int | None, ...] = ()
     num_classes: int | None = None
     vocabulary: int | None = None
+    classes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
@@ -45,6 +46,12 @@ Nodes = Annotated[Optional[int], typer.Option(min=1, help="Machines; default: la
 EngineName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--engine", help="Short for hardware.engine=NAME."),
+]
+CheckpointPath = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--checkpoint", help="A checkpoint's folder or URL; default: the newest valid one of the run."
+    ),
 ]
 AllowChanged = Annotated[
     bool, typer.Option("--allow-changed", help="Go on from a checkpoint of another recipe.")
@@ -148,10 +155,7 @@ def train(
 def evaluate(
     config: Config,
     overrides: Overrides = None,
-    checkpoint: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="A checkpoint's folder or URL; default: the newest valid one of the run."),
-    ] = None,
+    checkpoint: CheckpointPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> int:
     """Evaluate a checkpoint on every evaluation row, exactly once, with one process or many."""
@@ -159,6 +163,33 @@ def evaluate(
     from distdl.train.eval_process import evaluate_process
 
     return evaluate_process(recipe, topology, checkpoint, as_json=as_json)
+
+
+@app.command()
+def predict(
+    config: Config,
+    given: Annotated[
+        str, typer.Option("--input", help="A file, a folder or a prepared dataset; labels are not needed.")
+    ],
+    out: Annotated[str, typer.Option(help="The file to write: .jsonl or .csv.")],
+    overrides: Overrides = None,
+    checkpoint: CheckpointPath = None,
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The split of a prepared dataset; default: its only one."),
+    ] = None,
+    plot: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Also draw the first rows into this file (.png, .pdf, .svg)."),
+    ] = None,
+) -> int:
+    """Write what a checkpoint predicts of each row of a file, a folder or a dataset. One process."""
+    recipe, topology = load_recipe(config, overrides or []), Topology.from_env(os.environ)
+    from distdl.train.predicting import predict_process
+
+    drawn = Path(plot) if plot else None
+    predict_process(recipe, topology, checkpoint, Path(given), Path(out), split, drawn)
+    return errors.DONE
 
 
 @app.command()

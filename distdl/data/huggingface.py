@@ -174,7 +174,7 @@ def _add_column(
 def fields_of(schema: pa.Schema) -> dict[str, Field]:
     """`columns_of`, as the plan's fields."""
     return {
-        name: Field(c.dtype, c.shape, len(c.classes) if c.classes else None)
+        name: Field(c.dtype, c.shape, len(c.classes) if c.classes else None, classes=c.classes or ())
         for name, c in columns_of(schema).items()
     }
 

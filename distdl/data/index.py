@@ -109,7 +109,11 @@ class Index(_Part):
         """What the plan needs to know."""
         fields = {
             name: plan.Field(
-                c.dtype, c.shape, len(c.classes) if c.classes else None, self.vocabulary.get(name)
+                c.dtype,
+                c.shape,
+                len(c.classes) if c.classes else None,
+                self.vocabulary.get(name),
+                c.classes or (),
             )
             for name, c in self.columns.items()
         }

@@ -17,17 +17,21 @@ from distdl.models.cnn import Cnn, Crnn
 from distdl.models.cnn5 import Cnn5
 from distdl.models.crnn_ctc import CrnnCtc
 from distdl.models.image_rnn import ImageRnn
-from distdl.models.lstm import Recurrent
+from distdl.models.lstm import ImageRows, Recurrent
 from distdl.models.lstm_lm import LstmLm
 from distdl.models.resnet import ResNet
 from distdl.models.seq2seq_lstm import Seq2SeqLstm
+from distdl.models.sequence_autoencoder import SequenceAutoencoder
+from distdl.models.series_cnn import Conv1dResnet, Fcn1d
 from distdl.models.unet import UNet
 
 ModelFactory = Callable[..., nn.Module]
 """Called by a task: to classify images ``factory(in_channels=..., num_outputs=..., input_shape=...)``, to
-segment them with ``num_pixel_classes`` and to detect objects with ``num_object_classes`` in the place of
-``num_outputs``, to reconstruct them ``factory(input_shape=...)``; of tokens
-``factory(vocabulary=..., num_outputs=...)``, and without `num_outputs` where the outputs are tokens too."""
+segment them with ``num_pixel_classes``, to detect objects with ``num_object_classes`` and to read strings in
+them with ``num_symbols`` in the place of ``num_outputs``, to reconstruct them ``factory(input_shape=...)``;
+of tokens ``factory(vocabulary=..., num_outputs=...)``, and without `num_outputs` where the outputs are tokens
+too; of series ``factory(features=..., steps=..., num_outputs=...)``, where `steps` is None for series of
+different lengths."""
 
 
 def _of_images(model: ModelFactory) -> ModelFactory:
@@ -58,8 +62,47 @@ def _conv_autoencoder(input_shape: tuple[int, ...], **keys: Any) -> nn.Module:
 
 
 def _recurrent(cell: str) -> ModelFactory:
-    def build(vocabulary: int, num_outputs: int, **keys: Any) -> nn.Module:
-        return Recurrent(vocabulary, num_outputs, cell, **keys)
+    def build(
+        num_outputs: int,
+        vocabulary: int | None = None,
+        features: int | None = None,
+        steps: int | None = None,
+        in_channels: int | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        **keys: Any,
+    ) -> nn.Module:
+        if input_shape is not None:
+            return ImageRows(input_shape, num_outputs, cell, **keys)
+        if vocabulary is None and features is None:
+            raise RecipeError(
+                f"model.name = {cell!r} reads tokens, series or images, and the task says none of "
+                "vocabulary, features and input_shape"
+            )
+        return Recurrent(vocabulary, num_outputs, cell, features=features, **keys)
+
+    return build
+
+
+def _lstm_autoencoder(
+    vocabulary: int | None = None, features: int | None = None, steps: int | None = None, **keys: Any
+) -> nn.Module:
+    if vocabulary is None and features is None:
+        raise RecipeError(
+            "model.name = 'lstm_autoencoder' reads tokens or series, and the task says neither vocabulary "
+            "nor features"
+        )
+    return SequenceAutoencoder(vocabulary, features, **keys)
+
+
+def _of_series(name: str, model: Callable[..., nn.Module]) -> ModelFactory:
+    def build(features: int, steps: int | None, num_outputs: int, **keys: Any) -> nn.Module:
+        if steps is None:
+            raise RecipeError(
+                f"model.name = {name!r} reads series of one length, since what fills up the short ones would "
+                "enter its BatchNorm statistics, and these have different lengths: use lstm, gru or rnn, or "
+                "cut or resample the series to one length"
+            )
+        return model(features, num_outputs, **keys)
 
     return build
 
@@ -80,6 +123,9 @@ BUILT_IN: dict[str, ModelFactory] = {
     "lstm_lm": LstmLm,
     "seq2seq_lstm": Seq2SeqLstm,
     "crnn_ctc": CrnnCtc,
+    "fcn1d": _of_series("fcn1d", Fcn1d),
+    "conv1d_resnet": _of_series("conv1d_resnet", Conv1dResnet),
+    "lstm_autoencoder": _lstm_autoencoder,
 }
 
 

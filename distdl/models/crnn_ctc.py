@@ -8,7 +8,7 @@ from distdl.models.lstm import RecurrentLayer, mirrored
 
 
 class CrnnCtc(nn.Module):
-    """Images [N, C, H, W] -> logits [N, W // 4, num_outputs] (a smaller form of Shi et al., 2017).
+    """Images [N, C, H, W] -> logits [N, W // 4, num_symbols] (a smaller form of Shi et al., 2017).
 
     Three convolutions with normalisation and pooling: by 8 in height, by 4 in width. What is left of the
     height becomes channels, the width becomes time, which bidirectional recurrent layers read.
@@ -17,7 +17,7 @@ class CrnnCtc(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        num_outputs: int,
+        num_symbols: int,
         input_shape: tuple[int, ...],
         width: int = 32,
         hidden: int = 128,
@@ -44,7 +44,7 @@ class CrnnCtc(nn.Module):
             RecurrentLayer(cell, 2 * hidden if i else size, hidden, True) for i in range(layers)
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(2 * hidden, num_outputs)
+        self.head = nn.Linear(2 * hidden, num_symbols)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.convolutions(images).permute(0, 3, 1, 2).flatten(2)

@@ -1,8 +1,8 @@
-"""`lstm`, and its kin `gru` and `rnn`: token ids of varying length to one vector, and a linear head."""
+"""`lstm`, and its kin `gru` and `rnn`: tokens or numbers over time to one vector, and a linear head."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class RecurrentLayer(nn.Module):
 class Recurrent(nn.Module):
     """Token ids [N, T] (int64, filled up with 0) and lengths [N] (int64) -> logits [N, num_outputs].
 
+    With `features` in the place of `vocabulary`, numbers [N, T, features] (float), and a linear map in the
+    place of the embedding. Without lengths every row has T steps.
+
     What stands beyond a row's length changes nothing, in any layer, direction or pooling: rows are not
     packed, which costs more than it saves where lengths are alike; the reverse direction reads each row
     mirrored within its own length, and the pooling looks at real steps alone. A row of length 0 counts as one
@@ -50,7 +53,7 @@ class Recurrent(nn.Module):
 
     def __init__(
         self,
-        vocabulary: int,
+        vocabulary: int | None,
         num_outputs: int,
         cell: str = "lstm",
         embedding: int = 128,
@@ -59,11 +62,10 @@ class Recurrent(nn.Module):
         bidirectional: bool = False,
         dropout: float = 0.0,
         pooling: Pooling = "last",
+        features: int | None = None,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, embedding)
-        # Drawn small: with torch's deviation of 1 what rare words were drawn as is never forgotten.
-        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.embedding = embedding_of(vocabulary, features, embedding)
         self.layers = nn.ModuleList()
         size = embedding
         for _ in range(layers):
@@ -75,7 +77,9 @@ class Recurrent(nn.Module):
         self._bidirectional = bidirectional
         self._pooling = pooling
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if lengths is None:
+            lengths = torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device)
         lengths = lengths.clamp(min=1)
         mirror = mirrored(lengths, tokens.shape[1]) if self._bidirectional else None
         x = self.embedding(tokens)
@@ -96,6 +100,30 @@ class Recurrent(nn.Module):
         if self._pooling == "max":
             return x.masked_fill(~real, -torch.inf).amax(1)
         return x.masked_fill(~real, 0.0).sum(1) / lengths[:, None]
+
+
+class ImageRows(nn.Module):
+    """Images [N, C, H, W] read from top to bottom, a row of C x W numbers a step, by `Recurrent`."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_outputs: int, cell: str, **keys: Any) -> None:
+        super().__init__()
+        channels, _, width = input_shape
+        self.recurrent = Recurrent(None, num_outputs, cell, features=channels * width, **keys)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.recurrent(images.transpose(1, 2).flatten(2))
+        return logits
+
+
+def embedding_of(vocabulary: int | None, features: int | None, size: int) -> nn.Embedding | nn.Linear:
+    """Token ids [N, T], or numbers [N, T, features] -> [N, T, size]."""
+    if features is not None:
+        return nn.Linear(features, size)
+    assert vocabulary is not None, "tokens, or numbers"
+    table = nn.Embedding(vocabulary, size)
+    # Drawn small: with torch's deviation of 1 what rare words were drawn as is never forgotten.
+    nn.init.normal_(table.weight, std=0.1)
+    return table
 
 
 def mirrored(lengths: Tensor, steps: int) -> Tensor:

@@ -109,6 +109,34 @@ class Transcription(NamedSection):
     name: Literal["transcription"] = Field(description="The task.")
 
 
+class SeriesClassification(NamedSection):
+    """Numbers over time, of any length, to one of N classes, by cross-entropy; the metric is accuracy."""
+
+    name: Literal["series_classification"] = Field(description="The task.")
+    label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all classes.")
+    standardise: bool = Field(
+        False, description="Give each channel of each series mean 0 and deviation 1 over its own steps."
+    )
+
+
+class Forecasting(NamedSection):
+    """The next values of a series from those before; the metrics are MASE and sMAPE, beside baselines."""
+
+    name: Literal["forecasting"] = Field(description="The task.")
+    period: Count | None = Field(
+        None, description="Steps of a season: measures the seasonal naive forecast too. Null: no season."
+    )
+    lags: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
+        (), description="Measures forecasts that repeat the value so many steps before, too."
+    )
+
+
+class SequenceReconstruction(NamedSection):
+    """Token sequences through one vector and back, by cross-entropy; metrics: accuracy and loss a token."""
+
+    name: Literal["sequence_reconstruction"] = Field(description="The task.")
+
+
 class ImportedTask(NamedSection):
     """A task of your own. Keys beside `name` are passed to it."""
 
@@ -128,10 +156,12 @@ class Cnn5(NamedSection):
 
 
 class Recurrent(NamedSection):
-    """Token embedding, recurrent layers, pooling over time, and a linear head."""
+    """Tokens, series or images (a row a step): embedding, recurrent layers, pooling over time, head."""
 
     name: Literal["lstm", "gru", "rnn"] = Field(description="The model: its cell.")
-    embedding: Count = Field(128, description="Size of the vector that stands for a token.")
+    embedding: Count = Field(
+        128, description="Size of the vector that stands for a token, or for what a series has at one step."
+    )
     hidden: Count = Field(128, description="Units of one direction of one layer.")
     layers: Count = Field(1, description="Recurrent layers.")
     bidirectional: bool = Field(False, description="Also read from the end to the beginning.")
@@ -271,6 +301,39 @@ class CrnnCtc(NamedSection):
     layers: Count = Field(1, description="Recurrent layers.")
     cell: Literal["lstm", "gru", "rnn"] = Field("lstm", description="Their cell.")
     dropout: Fraction = Field(0.0, description="Probability of dropping an activation between layers.")
+
+
+class Fcn1d(NamedSection):
+    """Three convolutions over the steps of a series, and their mean over time (Wang et al., 2017)."""
+
+    name: Literal["fcn1d"] = Field(description="The model.")
+    width: Count = Field(
+        128, description="Channels of the first and third convolution; half of the second's."
+    )
+    dropout: Fraction = Field(0.0, description="Probability of dropping an activation before the head.")
+
+
+class Conv1dResnet(NamedSection):
+    """Three residual blocks of three convolutions over the steps of a series (Wang et al., 2017)."""
+
+    name: Literal["conv1d_resnet"] = Field(description="The model.")
+    width: Count = Field(64, description="Channels of the first block; half of the others'.")
+    dropout: Fraction = Field(0.0, description="Probability of dropping an activation before the head.")
+
+
+class LstmAutoencoder(NamedSection):
+    """An LSTM that makes one vector of a sequence, and another that makes the sequence of it."""
+
+    name: Literal["lstm_autoencoder"] = Field(description="The model.")
+    code: Count = Field(128, description="Size of the vector that stands for a sequence.")
+    embedding: Count = Field(128, description="Size of the vector that stands for a token.")
+    hidden: Count = Field(128, description="Units of one direction of one layer.")
+    layers: Count = Field(1, description="Recurrent layers of the encoder, and of the decoder.")
+    bidirectional: bool = Field(False, description="The encoder also reads from the end to the beginning.")
+    dropout: Fraction = Field(0.0, description="Probability of dropping an activation between layers.")
+    pooling: Literal["last", "mean", "max"] = Field(
+        "last", description="What the code is made of: the encoder's last state, or all states pooled."
+    )
 
 
 class ImportedModel(NamedSection):
@@ -413,6 +476,9 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "language_modelling": LanguageModelling,
         "translation": Translation,
         "transcription": Transcription,
+        "series_classification": SeriesClassification,
+        "forecasting": Forecasting,
+        "sequence_reconstruction": SequenceReconstruction,
         IMPORT_PATH: ImportedTask,
     },
     "model": {
@@ -431,6 +497,9 @@ NAMED: dict[str, dict[str, type[NamedSection]]] = {
         "lstm_lm": LstmLm,
         "seq2seq_lstm": Seq2SeqLstm,
         "crnn_ctc": CrnnCtc,
+        "fcn1d": Fcn1d,
+        "conv1d_resnet": Conv1dResnet,
+        "lstm_autoencoder": LstmAutoencoder,
         IMPORT_PATH: ImportedModel,
     },
     "optim": {
@@ -466,6 +535,9 @@ Task = Annotated[
     | Annotated[LanguageModelling, Tag("language_modelling")]
     | Annotated[Translation, Tag("translation")]
     | Annotated[Transcription, Tag("transcription")]
+    | Annotated[SeriesClassification, Tag("series_classification")]
+    | Annotated[Forecasting, Tag("forecasting")]
+    | Annotated[SequenceReconstruction, Tag("sequence_reconstruction")]
     | Annotated[ImportedTask, Tag(IMPORT_PATH)],
     Discriminator(_by_name("task")),
 ]
@@ -485,6 +557,9 @@ Model = Annotated[
     | Annotated[LstmLm, Tag("lstm_lm")]
     | Annotated[Seq2SeqLstm, Tag("seq2seq_lstm")]
     | Annotated[CrnnCtc, Tag("crnn_ctc")]
+    | Annotated[Fcn1d, Tag("fcn1d")]
+    | Annotated[Conv1dResnet, Tag("conv1d_resnet")]
+    | Annotated[LstmAutoencoder, Tag("lstm_autoencoder")]
     | Annotated[ImportedModel, Tag(IMPORT_PATH)],
     Discriminator(_by_name("model")),
 ]

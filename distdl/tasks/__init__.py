@@ -11,17 +11,20 @@ from torch import nn
 from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
 from distdl.plan import DataInfo
-from distdl.tasks.base import Batch, Carrying, Columns, Rows, Task
+from distdl.tasks.base import Batch, Carrying, Columns, Prediction, Rows, Task
 from distdl.tasks.detection import Detection
+from distdl.tasks.forecasting import Forecasting
 from distdl.tasks.image_classification import ImageClassification
 from distdl.tasks.language_modelling import LanguageModelling
 from distdl.tasks.reconstruction import Reconstruction
 from distdl.tasks.segmentation import Segmentation
+from distdl.tasks.sequence_reconstruction import SequenceReconstruction
+from distdl.tasks.series_classification import SeriesClassification
 from distdl.tasks.text_classification import TextClassification
 from distdl.tasks.transcription import Transcription
 from distdl.tasks.translation import Translation
 
-__all__ = ["BUILT_IN", "Batch", "Carrying", "Columns", "Rows", "Task", "build_task"]
+__all__ = ["BUILT_IN", "Batch", "Carrying", "Columns", "Prediction", "Rows", "Task", "build_task"]
 
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "image_classification": ImageClassification,
@@ -32,6 +35,9 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "language_modelling": LanguageModelling,
     "translation": Translation,
     "transcription": Transcription,
+    "series_classification": SeriesClassification,
+    "forecasting": Forecasting,
+    "sequence_reconstruction": SequenceReconstruction,
 }
 
 _PARTS = ("build_model", "collate", "count", "loss_sum")

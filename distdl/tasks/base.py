@@ -14,6 +14,9 @@ Rows = dict[str, Any]
 """Gathered columns, dtype as stored: a numpy array [n, ...] each, or where rows differ in length a
 `distdl.data.Ragged` (flat `values`, int64 `lengths` [n], `padded()`)."""
 
+Prediction = dict[str, Any]
+"""What `distdl predict` writes of one row: JSON values by name."""
+
 Batch = dict[str, Tensor]
 """What `collate` makes of rows and the model and loss read; on CPU until the loop moves it."""
 
@@ -68,6 +71,28 @@ class Carrying(Protocol):
         """`loss_sum` of a batch that goes on from `state` (fp32 [N, ...] by name; zeros where the text
         begins), and the state after it, which is kept without its graph.
         """
+
+
+class Predicting(Protocol):
+    """What a task has besides, for `distdl predict`."""
+
+    inputs: tuple[str, ...]
+    """The columns that a prediction is made from. In others that the rows lack `collate` sees zeros."""
+
+    recent: bool
+    """May be left out. Whether of series that are longer than the model reads the last steps are taken."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """One object for each row of the batch, in order; a class by its name, values in the units of the
+        data. Gradients are off and the model is in evaluation mode; draws nothing at random.
+        """
+
+
+class Drawing(Protocol):
+    """What a task that can predict has besides, for `distdl predict --plot`."""
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        """Draw a row (its columns of one size, as numpy arrays) and its prediction on matplotlib's `axes`."""
 
 
 class Measuring(Protocol):

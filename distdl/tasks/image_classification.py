@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.plan import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
+from distdl.tasks.classes import class_predictions
 from distdl.tasks.columns import words
 from distdl.tasks.mixing import blend
 from distdl.tasks.pictures import Pictures, is_image
@@ -38,6 +39,8 @@ class ImageClassification:
         self._mixup, self._cutmix = mixup, cutmix
         self.image_field, self._label_field = _columns(data_info)
         self._num_classes = data_info.fields[self._label_field].num_classes
+        self._classes = data_info.fields[self._label_field].classes
+        self.inputs = (self.image_field,)
         self._pictures = Pictures(data_info.fields[self.image_field])
 
     def build_model(self) -> nn.Module:
@@ -71,6 +74,9 @@ class ImageClassification:
         correct = (logits.argmax(1) == labels).sum()
         n = labels.shape[0]
         return {"accuracy": (int(correct), n), "loss": (float(loss), n)}
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        return class_predictions(model(batch["images"]), self._classes)
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:

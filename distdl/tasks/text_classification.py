@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.plan import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
+from distdl.tasks.classes import class_predictions
 from distdl.tasks.columns import words
 from distdl.tasks.tokens import token_columns, vocabulary_of
 
@@ -39,6 +40,8 @@ class TextClassification:
         self._smoothing = label_smoothing
         self._token_field, self._label_field = _columns(data_info)
         self._num_classes = data_info.fields[self._label_field].num_classes
+        self._classes = data_info.fields[self._label_field].classes
+        self.inputs = (self._token_field,)
         self._vocabulary = vocabulary_of(data_info, self._token_field, vocabulary)
 
     def build_model(self) -> nn.Module:
@@ -68,6 +71,9 @@ class TextClassification:
         correct = (logits.argmax(1) == labels).sum()
         n = labels.shape[0]
         return {"accuracy": (int(correct), n), "loss": (float(loss), n)}
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        return class_predictions(model(batch["tokens"], batch["lengths"]), self._classes)
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:

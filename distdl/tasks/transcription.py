@@ -44,7 +44,7 @@ class Transcription:
 
     def build_model(self) -> nn.Module:
         shape = self._pictures.input_shape
-        return self._make_model(in_channels=shape[0], num_outputs=self._blank + 1, input_shape=shape)
+        return self._make_model(in_channels=shape[0], num_symbols=self._blank + 1, input_shape=shape)
 
     def collate(self, rows: Rows) -> Batch:
         assert self.image_field is not None

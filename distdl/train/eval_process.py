@@ -12,7 +12,7 @@ from distdl.checkpoint.open import open_checkpoint
 from distdl.checkpoint.read import find_latest, verify
 from distdl.comm import World, together
 from distdl.comm.world import leave
-from distdl.data import Rows
+from distdl.data import Feed, Rows
 from distdl.data.feed import access_of
 from distdl.data.table.rows import close
 from distdl.engines import Engine
@@ -26,6 +26,18 @@ from distdl.topology import Topology
 from distdl.train.evaluate import evaluate
 from distdl.train.resume import reading_alone
 from distdl.train.setup import build, enter_world, prepare_data
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's weights in an engine, and the data that the recipe names."""
+
+    path: str
+    plan: Plan
+    world: World
+    feed: Feed
+    task: Task
+    engine: Engine
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,19 @@ def _evaluate(
 ) -> tuple[str, Plan, dict[str, float]]:
     # A function of its own, so that the engine is gone before the process group is left: its last reference
     # to the group must not be dropped while the group's thread still waits for the interpreter's lock.
+    found = load(recipe, topology, checkpoint)
+    rows = together(found.world, lambda: found.feed.rows(recipe.data.eval_split))
+    try:
+        evaluation = Evaluation(found.plan, found.world, found.task, found.engine, rows)
+        return found.path, found.plan, evaluate(evaluation) or {}
+    finally:
+        close(rows)
+
+
+def load(recipe: Recipe, topology: Topology, checkpoint: str | None) -> Loaded:
+    """Collective. Join the world, and build the task and an engine with the weights of `checkpoint` (None:
+    the newest whole one of the run). Raises on all ranks together.
+    """
     world, plan, _ = enter_world(recipe, topology)
     chosen = together(world, lambda: str(checkpoint or _newest(recipe)) if world.is_main else None)
     path = world.from_main(chosen)
@@ -72,11 +97,7 @@ def _evaluate(
     saved = together(world, lambda: open_checkpoint(path))
     with reading_alone():
         engine.load_model(saved)
-    rows = together(world, lambda: feed.rows(recipe.data.eval_split))
-    try:
-        return path, plan, evaluate(Evaluation(plan, world, task, engine, rows)) or {}
-    finally:
-        close(rows)
+    return Loaded(path, plan, world, feed, task, engine)
 
 
 def _newest(recipe: Recipe) -> Place:

@@ -35,7 +35,7 @@ _SUFFIXES = {
     "text": (".txt",),
     "ts": (".ts",),
 }
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _UNROLLED_ROWS = 1024
 
 ACCEPTED = """a folder made by `distdl data prepare` or by `save_to_disk`;
@@ -135,7 +135,7 @@ def _layouts(folder: Path) -> Iterator[Found]:
 
 def _image_splits(folder: Path) -> Splits:
     """SPLIT/CLASS/image where every class folder lies in a split's, else CLASS/image, all "train"."""
-    images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file())
+    images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
     depths = {len(f.relative_to(folder).parts) for f in images}
     if depths == {3}:
         splits: Splits = {}

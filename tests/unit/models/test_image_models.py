@@ -142,8 +142,8 @@ def test_keys_that_do_not_fit(name: str, keys: dict[str, Any], says: str | None)
         make(name, (1, 28, 28), **keys)
 
 
-@pytest.mark.parametrize("name", ["unet", "lstm", "autoencoder"])
+@pytest.mark.parametrize("name", ["unet", "autoencoder", "crnn_ctc"])
 def test_a_model_that_cannot_do_the_task_is_refused(name: str) -> None:
-    known = "Models that do: cnn5, cnn, crnn, image_rnn, resnet$"
+    known = "Models that do: cnn5, lstm, gru, rnn, cnn, crnn, image_rnn, resnet$"
     with pytest.raises(RecipeError, match=f"model.name = '{name}' does not read what the task has.*{known}"):
         model_factory(name, {})(in_channels=1, num_outputs=3, input_shape=(1, 8, 8))

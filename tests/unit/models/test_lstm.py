@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,9 +111,32 @@ def test_layers_are_single_so_that_engines_can_shard_them() -> None:
 
 
 def test_a_model_that_does_not_read_what_the_task_has() -> None:
-    with pytest.raises(
-        RecipeError, match=r"'cnn5' does not read.*reads in_channels.*says vocabulary.*lstm, gru, rnn"
-    ):
+    with pytest.raises(RecipeError, match=r"'cnn5' does not read.*in_channels.*vocabulary.*lstm, gru, rnn"):
         model_factory("cnn5", {})(vocabulary=9, num_outputs=2)
-    with pytest.raises(RecipeError, match=r"'gru' does not read.*reads vocabulary.*input_shape.*: cnn5"):
-        model_factory("gru", {})(in_channels=1, num_outputs=2, input_shape=(1, 2, 2))
+    with pytest.raises(RecipeError, match=r"'gru' does not read.*vocabulary.*says num_outputs, boxes"):
+        model_factory("gru", {})(num_outputs=2, boxes=4)
+    with pytest.raises(RecipeError, match=r"'rnn' reads tokens, series or images.*says none"):
+        model_factory("rnn", {})(num_outputs=2)
+
+
+@pytest.mark.parametrize("keys", [{}, {"bidirectional": True, "pooling": "mean", "layers": 2}])
+def test_numbers_are_read_as_tokens_are(keys: dict[str, Any]) -> None:
+    """What stands beyond a row's length changes nothing; without lengths every row is full."""
+    torch.manual_seed(0)
+    model = model_factory("gru", {"hidden": 5, "embedding": 4, **keys})(features=3, steps=None, num_outputs=2)
+    series, width = torch.randn(4, 7, 3), torch.arange(7)
+    other = torch.where((width < LENGTHS[:, None])[:, :, None], series, torch.randn(4, 7, 3))
+    assert model(series, LENGTHS).shape == (4, 2)
+    assert torch.equal(model(series, LENGTHS), model(other, LENGTHS))
+    assert torch.equal(model(series), model(series, torch.full((4,), 7)))
+    torch.testing.assert_close(model(series, LENGTHS)[3:], model(series[3:, :3]))
+
+
+def test_an_image_is_read_a_row_a_step() -> None:
+    torch.manual_seed(0)
+    keys = {"hidden": 5, "embedding": 4}
+    model = model_factory("lstm", keys)(in_channels=3, num_outputs=2, input_shape=(3, 6, 4))
+    images = torch.randn(2, 3, 6, 4)
+    assert model(images).shape == (2, 2)
+    steps = torch.stack([images[:, :, row].reshape(2, 12) for row in range(6)], 1)
+    torch.testing.assert_close(model(images), model.recurrent(steps))  # type: ignore[operator]

@@ -71,7 +71,8 @@ def refusal(text: str = BASE, *overrides: str) -> str:
         (
             "name: cnn5",
             "name: resnett",
-            "x.yaml:2: model.name = \"resnett\": unknown model; did you mean 'resnet'? known: cnn5, ",
+            "x.yaml:2: model.name = \"resnett\": unknown model; did you mean 'resnet' or 'conv1d_resnet'? "
+            "known: cnn5, ",
         ),
         (
             "name: cnn5",

@@ -1,0 +1,220 @@
+"""What `distdl predict` reads: rows prepared as those of the dataset that was trained on, labels or not."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distdl.data.huggingface import feature_of, with_features
+from distdl.data.index import INDEX_FILE
+from distdl.data.opening import Ready, open_split, ready
+from distdl.data.prepare.options import Options
+from distdl.data.prepare.run import prepare
+from distdl.data.prepare.sources import IMAGES, find, materialise
+from distdl.data.saved import is_saved
+from distdl.data.table.ragged import Ragged
+from distdl.data.table.rows import Batch, Rows
+from distdl.errors import DataError
+from distdl.plan import Field
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns `fields` of the dataset that was trained on, and those that a prediction is made from.
+
+    `recent`: of series that are longer than the model reads, the last steps are taken.
+    """
+
+    fields: Mapping[str, Field]
+    inputs: Sequence[str]
+    recent: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows to predict, with the columns `fields` of the dataset that was trained on.
+
+    `files`: the file that each row is, where a row is one.
+    """
+
+    rows: Rows
+    fields: Mapping[str, Field]
+    files: Sequence[str] | None = None
+
+    def gather(self, ids: npt.NDArray[np.int64]) -> Batch:
+        """Rows `ids`. What the input does not have (labels, say) is zeros. DataError for another size."""
+        found = self.rows.gather(ids)
+        ready = {name: _fitted(name, column, self.fields[name]) for name, column in found.items()}
+        absent = {n: f for n, f in self.fields.items() if n not in found}
+        return ready | {name: _zeros(field, len(ids)) for name, field in absent.items()}
+
+
+def open_inputs(given: Path, like: Ready, wanted: Wanted, scratch: Path, split: str | None) -> Inputs:
+    """Open `given`: a prepared dataset, or anything that `distdl data prepare` reads, or images without
+    labels, or series as CSV files (a line a step, a column a channel).
+
+    Files are prepared in `scratch` with the options and tokenizer of the dataset `like`. Raises DataError.
+    """
+    if not given.exists():
+        raise DataError(f"--input {given} does not exist; give a file, a folder or a prepared dataset")
+    files = None
+    if (given / INDEX_FILE).is_file() or is_saved(given):
+        opened = ready(None, given)
+        _check_tokens(opened, like, wanted.fields)
+    else:
+        place, files = _place(given, wanted, scratch)
+        source = materialise(find(str(place), None), scratch / "source", None)
+        options = _options(source.schema, like, wanted)
+        prepare(str(place), scratch / "prepared", options, source=source)
+        opened = ready(None, scratch / "prepared")
+    missing = [name for name in wanted.inputs if name not in opened.info.fields]
+    if missing:
+        raise DataError(
+            f"--input {given} has no column {', '.join(missing)}, which the task reads; it has "
+            f"{', '.join(opened.info.fields)}"
+        )
+    there = opened.info.fields
+    kept = [n for n, f in there.items() if n in wanted.inputs or wanted.fields.get(n) == f]
+    rows: Any = open_split(opened, _split(opened, split, given), kept)
+    return Inputs(rows, wanted.fields, files)
+
+
+def _split(opened: Ready, split: str | None, given: Path) -> str:
+    splits = sorted(opened.info.rows)
+    if split is None and len(splits) > 1:
+        raise DataError(f"--input {given} has splits {', '.join(splits)}: choose one with --split")
+    return split or splits[0]
+
+
+def _place(given: Path, wanted: Wanted, scratch: Path) -> tuple[Path, list[str] | None]:
+    """Where `prepare` finds the rows of `given`; of images and series in a file that is made here, together
+    with the file that each row is.
+    """
+    found = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
+    images = [p for p in found if p.suffix.lower() in IMAGES]
+    column = wanted.inputs[0]
+    field = wanted.fields[column]
+    scratch.mkdir(parents=True, exist_ok=True)
+    if images:
+        kind = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+        values = pa.array([{"bytes": None, "path": str(p.absolute())} for p in images], kind)
+        return _written(column, values, {"_type": "Image"}, scratch), [str(p) for p in images]
+    series = [p for p in found if p.suffix == ".csv"] if _is_series(field) else []
+    if series and column not in _header(series[0]):
+        lists = [_numbers(p, field, wanted.recent) for p in series]
+        kind = pa.list_(pa.float32() if lists[0].ndim == 1 else pa.list_(pa.float32(), lists[0].shape[1]))
+        values = pa.array([one.tolist() for one in lists], kind)
+        return _written(column, values, feature_of(kind), scratch), [str(p) for p in series]
+    return given, None
+
+
+def _written(column: str, values: pa.Array, feature: Any, scratch: Path) -> Path:
+    schema = with_features(pa.schema([pa.field(column, values.type)]), {column: feature})
+    file = scratch / "input.parquet"
+    pq.write_table(pa.table([values], schema=schema), file)
+    return file
+
+
+def _is_series(field: Field) -> bool:
+    return field.dtype in ("halffloat", "float", "double") and bool(field.shape)
+
+
+def _header(file: Path) -> list[str]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return next(csv.reader(lines), [])
+
+
+def _numbers(file: Path, field: Field, recent: bool) -> npt.NDArray[np.float32]:
+    """[T] or [T, C] from a header and a line a step; the last steps that the model reads if `recent`."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.reader(lines))[1:]
+    try:
+        found = np.array(rows, np.float32)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; expected a header and numbers, a line a step") from error
+    if found.ndim != 2 or not np.isfinite(found).all():
+        raise DataError(f"{file} has no rows, or missing values; expected a header, and a line a step")
+    found = found[-(field.shape[0] or 0) :] if recent else found
+    return found[:, 0] if len(field.shape) == 1 and found.shape[1] == 1 else found
+
+
+def _options(schema: pa.Schema, like: Ready, wanted: Wanted) -> Options:
+    """What makes of columns of `schema` those of the dataset `like`."""
+    was = like.index.prepared.get("options", {}) if like.index is not None else {}
+    rename = {old: new for old, new in was.get("rename", {}).items() if old in schema.names}
+    inputs = wanted.inputs
+    if len(inputs) == len(schema.names) == 1 and not rename:
+        rename = {schema.names[0]: inputs[0]}
+    names = {name: rename.get(name, name) for name in schema.names}
+    kept = tuple(old for old, new in names.items() if new in inputs)
+    if not kept:
+        raise DataError(
+            f"the input has columns {', '.join(schema.names)}, and the task reads {', '.join(inputs)}; name "
+            "them so"
+        )
+    texts = tuple(names[old] for old in kept if pa.types.is_string(schema.field(old).type))
+    options = Options(
+        columns=kept,
+        rename={old: new for old, new in rename.items() if old in kept and old != new},
+        image_size=was.get("image_size") and tuple(was["image_size"]),
+        max_tokens=was.get("max_tokens"),
+    )
+    tokenize = tuple(name for name in texts if "int" in wanted.fields[name].dtype)
+    if not tokenize:
+        return options
+    tokenizer = like.folder / TOKENIZER_FILE
+    if not tokenizer.is_file():
+        raise DataError(f"text is read with the tokenizer of the dataset, and there is no {tokenizer}")
+    return replace(options, tokenize=tokenize, tokenizer=str(tokenizer))
+
+
+def _check_tokens(opened: Ready, like: Ready, fields: Mapping[str, Field]) -> None:
+    """Ids mean the same words only if both datasets were tokenised alike. Raises DataError."""
+    ours, theirs = like.folder / TOKENIZER_FILE, opened.folder / TOKENIZER_FILE
+    if not ours.is_file() or not any(f.vocabulary for f in fields.values()):
+        return
+    if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+        raise DataError(
+            f"{opened.folder} was not tokenised with {ours}: its numbers mean other tokens. Prepare it with "
+            f"--tokenizer {ours}, or give the text itself as --input"
+        )
+
+
+def _fitted(name: str, column: npt.NDArray[Any] | Ragged, field: Field) -> npt.NDArray[Any] | Ragged:
+    """The column as the dataset stores it: `Ragged` where the rows of the dataset differ in length."""
+    varies = field.shape[:1] == (None,)
+    if isinstance(column, np.ndarray) and varies and column.ndim > 1:
+        lengths = np.full(len(column), column.shape[1], np.int64)
+        column = Ragged(column.reshape(-1, *column.shape[2:]), lengths)
+    if isinstance(column, Ragged) and not varies and len(set(column.lengths.tolist())) == 1:
+        column = column.padded()
+    if isinstance(column, Ragged):
+        inner = () if isinstance(column.values, Ragged) else column.values.shape[1:]
+        has: list[Any] = [f"{column.lengths.min()} to {column.lengths.max()}", *inner]
+    else:
+        has = list(column.shape[1:])
+    wants = list(field.shape)
+    if isinstance(column, Ragged) != varies or has[int(varies) :] != wants[int(varies) :]:
+        raise DataError(
+            f"column {name!r} of the input has rows of shape {has}, and the model was trained on "
+            f"{['any' if n is None else n for n in wants]}: cut, resample or resize them to that"
+        )
+    return column
+
+
+def _zeros(field: Field, rows: int) -> npt.NDArray[Any] | Ragged:
+    kind = np.dtype(pa.type_for_alias(field.dtype).to_pandas_dtype())
+    if None not in field.shape:
+        return np.zeros((rows, *(n or 0 for n in field.shape)), kind)
+    inner = tuple(n or 0 for n in field.shape[1:])
+    return Ragged(np.zeros((0, *inner), kind), np.zeros(rows, np.int64))

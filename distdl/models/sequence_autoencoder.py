@@ -1,0 +1,97 @@
+"""`lstm_autoencoder`: a sequence to one vector, its code, and from that back to the sequence.
+
+Dai and Le, "Semi-supervised sequence learning", arXiv:1511.01432. The decoder sees the code and the steps
+before, as the conditional one of Srivastava et al., "Unsupervised learning of video representations using
+LSTMs", arXiv:1502.04681.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distdl.models.lstm import Pooling, Recurrent, RecurrentLayer, embedding_of
+
+END = 0
+"""The token that fills up short rows, which no row has: it ends a row, and stands before its first step."""
+
+
+class Decoder(nn.Module):
+    """Codes [N, code] and the steps before -> outputs at every step. Each step sees the whole code."""
+
+    def __init__(
+        self,
+        vocabulary: int | None,
+        features: int | None,
+        embedding: int,
+        code: int,
+        hidden: int,
+        layers: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding_of(vocabulary, features, embedding)
+        sizes = [embedding + code, *[hidden] * (layers - 1)]
+        self.layers = nn.ModuleList(RecurrentLayer("lstm", size, hidden, False) for size in sizes)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden, vocabulary or features or 0)
+
+    def forward(self, code: Tensor, before: Tensor) -> Tensor:
+        """`before` [N, T] or [N, T, features]: what stands one step earlier -> [N, T, outputs]."""
+        x = self.embedding(before)
+        x = torch.cat([x, code[:, None].expand(-1, x.shape[1], -1)], 2)
+        for layer in self.layers:
+            x = layer(self.dropout(x), None)
+        outputs: Tensor = self.head(self.dropout(x))
+        return outputs
+
+
+class SequenceAutoencoder(nn.Module):
+    """Tokens [N, T] (int64) or numbers [N, T, features] (float), and lengths [N] (int64) -> [N, T, outputs].
+
+    Outputs are logits over the vocabulary, or as many numbers as there are features. The output at a step is
+    of that very step: the decoder reads the code and the true steps before. `encoder` is the `lstm` of
+    classification, whose head makes the code, so that a classifier can begin with its weights.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int | None,
+        features: int | None = None,
+        code: int = 128,
+        embedding: int = 128,
+        hidden: int = 128,
+        layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        pooling: Pooling = "last",
+    ) -> None:
+        super().__init__()
+        self.encoder = Recurrent(
+            vocabulary, code, "lstm", embedding, hidden, layers, bidirectional, dropout, pooling, features
+        )
+        self.decoder = Decoder(vocabulary, features, embedding, code, hidden, layers, dropout)
+
+    def forward(self, sequence: Tensor, lengths: Tensor | None = None) -> Tensor:
+        around = (0, 0) * (sequence.ndim - 2)
+        before = functional.pad(sequence[:, :-1], (*around, 1, 0), value=END)
+        outputs: Tensor = self.decoder(self.encoder(sequence, lengths), before)
+        return outputs
+
+    @torch.no_grad()
+    def generate(self, code: Tensor, steps: int) -> Tensor:
+        """Codes [N, code] -> the likeliest tokens [N, steps] (int64), `END` after the end of each; or numbers
+        [N, steps, features]. One step at a time, each after those made before.
+        """
+        table = self.decoder.embedding
+        tokens = isinstance(table, nn.Embedding)
+        shape = (len(code), 1) if tokens else (len(code), 1, self.decoder.head.out_features)
+        made = torch.full(shape, END, dtype=torch.int64 if tokens else code.dtype, device=code.device)
+        for _ in range(steps):
+            last = self.decoder(code, made)[:, -1:]
+            if tokens:
+                ended = (made[:, 1:] == END).any(1, keepdim=True)
+                last = last.argmax(2).masked_fill(ended, END)
+            made = torch.cat([made, last], 1)
+        return made[:, 1:]

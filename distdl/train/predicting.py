@@ -1,0 +1,124 @@
+"""`distdl predict`: what a checkpoint says of rows that it is given, one JSON object a row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distdl.data.inputs import Inputs, Wanted, open_inputs
+from distdl.engines.precision import autocast, dtype_of
+from distdl.errors import DataError, EnvironmentProblem, RecipeError
+from distdl.observe.console import show
+from distdl.recipe import Recipe
+from distdl.record import write_atomic
+from distdl.tasks import Columns, Prediction
+from distdl.topology import Topology
+from distdl.train.eval_process import Loaded, load
+
+SUFFIXES = (".jsonl", ".csv")
+PLOTTED = 6
+"""Rows that a plot shows."""
+
+
+def predict_process(
+    recipe: Recipe,
+    topology: Topology,
+    checkpoint: str | None,
+    given: Path,
+    out: Path,
+    split: str | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Write the predictions for the rows of `given` to `out`, and a plot of the first to `plot`. One process.
+
+    Any engine's checkpoint will do; the default engine holds the weights. Raises DistdlError; nothing is
+    written then.
+    """
+    if out.suffix not in SUFFIXES:
+        raise DataError(f"--out {out}: the suffix says the format, and is one of {', '.join(SUFFIXES)}")
+    if topology.world_size > 1:
+        raise RecipeError("distdl predict runs as one process; start it without a launcher")
+    loaded = load(_plain(recipe), topology, checkpoint)
+    task: Any = loaded.task
+    if not callable(getattr(task, "predict", None)):
+        raise RecipeError(f"task.name = {recipe.task.name!r} has no `predict`; see docs/predict.md")
+    draw = getattr(task, "draw", None)
+    if plot is not None and draw is None:
+        raise RecipeError(f"task.name = {recipe.task.name!r} draws nothing: leave out --plot")
+    with tempfile.TemporaryDirectory() as scratch:
+        like, fields = loaded.feed.parts[0], loaded.feed.info.fields
+        wanted = Wanted(fields, task.inputs, getattr(task, "recent", False))
+        inputs = open_inputs(given, like, wanted, Path(scratch), split)
+        found = list(_predictions(loaded, inputs))
+        if plot is not None:
+            shown = inputs.gather(np.arange(min(PLOTTED, len(found))))
+            _plot(plot, draw, shown, found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, _as_csv(found) if out.suffix == ".csv" else _as_lines(found))
+    show("predictions", {"rows": len(found)}, {"checkpoint": loaded.path, "written to": out})
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The same model on one device: nothing of the engine, or of memory that only training needs."""
+    kept = {name: getattr(recipe.hardware, name) for name in ("device", "threads", "cache_bytes", "retry_s")}
+    return recipe.model_copy(update={"hardware": type(recipe.hardware)(**kept)})
+
+
+def _predictions(loaded: Loaded, inputs: Inputs) -> Iterator[Prediction]:
+    task: Any = loaded.task
+    engine, plan, total = loaded.engine, loaded.plan, len(inputs.rows)
+    with engine.evaluating(), torch.no_grad(), autocast(engine.device.type, dtype_of(plan.precision)):
+        for start in range(0, total, plan.micro_batch):
+            rows = inputs.gather(np.arange(start, min(start + plan.micro_batch, total)))
+            found = task.predict(engine.module, engine.place(task.collate(Columns(rows))))
+            for row, prediction in enumerate(found, start):
+                name = {"file": inputs.files[row]} if inputs.files is not None else {}
+                yield {"row": row, **name, **prediction}
+
+
+def _as_lines(found: list[Prediction]) -> str:
+    return "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in found)
+
+
+def _as_csv(found: list[Prediction]) -> str:
+    """A column for each key, and for each number of a list of numbers (key_1, key_2, ...)."""
+    flat = [_flat(prediction) for prediction in found]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in prediction.items():
+        if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+            found.update({f"{name}_{i}": v for i, v in enumerate(value, 1)})
+        else:
+            found[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return found
+
+
+def _plot(file: Path, draw: Any, rows: Mapping[str, Any], found: list[Prediction]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EnvironmentProblem("--plot needs matplotlib: pip install matplotlib") from error
+    arrays = {name: column for name, column in rows.items() if isinstance(column, np.ndarray)}
+    count = min(PLOTTED, len(found))
+    figure = Figure(figsize=(8, 2.5 * count), layout="constrained")
+    for i in range(count):
+        axes = figure.add_subplot(count, 1, i + 1)
+        draw(axes, {name: column[i] for name, column in arrays.items()}, found[i])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)

@@ -1,0 +1,109 @@
+"""`distdl predict` of images and lines of text: the same answers as for the prepared rows; drawing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from distdl.data.catalogue import locate
+from distdl.data.feed import Feed
+from distdl.models import model_factory
+from distdl.plan import DataInfo, Field
+from distdl.recipe import load_recipe
+from distdl.tasks import build_task
+from tests.commands import distdl
+from tests.runs import train_here
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL = {
+    "fashion_cnn": {"model": {"width": 2, "hidden": 4}, "data": {"augment": {"flip": False}}},
+    "sentiment_lstm": {"model": {"embedding": 4, "hidden": 4}},
+}
+
+
+def trained(name: str, folder: Path) -> Path:
+    """The recipe of a run of one step with a small model."""
+    file = folder / "recipe.yaml"
+    end = {
+        "train": {"max_steps": 1, "epochs": None},
+        "hardware": {"threads": 1},
+        "run": {"dir": str(folder / "run")},
+    }
+    file.write_text(json.dumps({"extends": str(CONFIGS / f"{name}.yaml"), **SMALL[name], **end}))
+    train_here(file, 1)
+    return file
+
+
+def predicted(recipe: Path, given: Path, *options: str) -> list[dict[str, Any]]:
+    out = recipe.parent / "out.jsonl"
+    code, said = distdl("predict", str(recipe), "--input", str(given), "--out", str(out), *options)
+    assert code == 0, said
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_images_in_any_folder(tmp_path: Path) -> None:
+    recipe = trained("fashion_cnn", tmp_path)
+    whole = predicted(recipe, locate("fashion_mnist", None), "--split", "test")
+    assert len(whole) == 2000
+    rows = Feed.open(load_recipe(recipe).data).rows("test").gather(np.arange(3))
+    for i, pixels in enumerate(rows["image"]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    found = predicted(recipe, tmp_path / "photos")
+    assert [Path(p["file"]).name for p in found] == ["0.png", "1.png", "2.png"]
+    assert [p["class"] for p in found] == [p["class"] for p in whole[:3]]
+    assert [p["probability"] for p in found] == pytest.approx([p["probability"] for p in whole[:3]])
+    assert isinstance(found[0]["class"], str)
+    Image.fromarray(rows["image"][0][:20]).save(tmp_path / "small.png")
+    out = str(tmp_path / "no.csv")
+    code, said = distdl("predict", str(recipe), "--input", str(tmp_path / "small.png"), "--out", out)
+    assert code == 5
+    assert "rows of shape [20, 28], and the model was trained on [28, 28]" in said
+
+
+def test_lines_of_text_are_read_with_the_tokenizer_of_the_dataset(tmp_path: Path) -> None:
+    recipe = trained("sentiment_lstm", tmp_path)
+    folder = locate("sentiment", None)
+    whole = predicted(recipe, folder, "--split", "test")
+    texts = pq.read_table(folder / "text" / "test.parquet").column("text").to_pylist()[:4]
+    (tmp_path / "lines.txt").write_text("\n".join(texts) + "\n")
+    found = predicted(recipe, tmp_path / "lines.txt")
+    assert [p["class"] for p in found] == [p["class"] for p in whole[:4]]
+    assert [p["probability"] for p in found] == pytest.approx([p["probability"] for p in whole[:4]])
+    (tmp_path / "train.txt").write_text("\n".join(texts) + "\n")
+    other = tmp_path / "other"
+    made = ["--out", str(other), "--tokenize", "text", "--tokenizer", "word", "--min-count", "1"]
+    assert distdl("data", "prepare", str(tmp_path / "train.txt"), *made)[0] == 0
+    code, said = distdl("predict", str(recipe), "--input", str(other), "--out", str(tmp_path / "no.csv"))
+    assert code == 5
+    assert "was not tokenised with" in said
+
+
+class Axes:
+    """Notes what is drawn, as matplotlib's would draw it."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[str, list[float]] = {}
+
+    def plot(self, *values: Any, label: str) -> None:
+        self.drawn[label] = np.asarray(values[-1]).tolist()
+
+    def legend(self) -> None: ...
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_forecast_is_drawn_after_its_history(known: bool) -> None:
+    fields = {"history": Field("float", (2,)), "future": Field("float", (1,)), "scale": Field("float")}
+    data = DataInfo("s", {"train": 1}, fields, "f")
+    task: Any = build_task("forecasting", {}, model_factory("lstm", {}), data)
+    axes = Axes()
+    row = {"history": np.array([1.0, 2.0]), "future": np.array([3.0 * known])}
+    task.draw(axes, row, {"forecast": [4.0]})
+    expected = {"history": [1, 2], "forecast": [4]} | ({"future": [3]} if known else {})
+    assert axes.drawn == expected
