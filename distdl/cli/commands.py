@@ -15,12 +15,14 @@ from distdl import __version__, errors
 from distdl.cli.ckpt import ckpt_app
 from distdl.cli.data import data_app
 from distdl.cli.slurm import launch_on_slurm, slurm_app
+from distdl.cli.ssh import launch_over_ssh
 from distdl.errors import DistdlError, PlanError
+from distdl.launch.place import Place
 from distdl.lifeline import die_with_parent
 from distdl.memory import Memory
 from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
-from distdl.topology import Agents, Topology, visible_gpus
+from distdl.topology import Topology, visible_gpus
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,7 +96,23 @@ def launch(
     overrides: Overrides = None,
     procs: Procs = None,
     nodes: Nodes = None,
-    on: Annotated[Literal["here", "slurm"], typer.Option(help="slurm: submit a job that does it.")] = "here",
+    node_rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Which of the nodes this is; the first is 0."),
+    ] = None,
+    rendezvous: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="HOST:PORT", help="Where node 0 listens and the other nodes come."),
+    ] = None,
+    on: Annotated[
+        Literal["here", "ssh", "slurm"],
+        typer.Option(help="ssh: start it on every host of a file. slurm: submit a job that does it."),
+    ] = "here",
+    hostfile: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The hosts for --on ssh, lines such as: node01 slots=8"),
+    ] = None,
+    heed_stdin: Annotated[bool, typer.Option("--heed-stdin", hidden=True)] = False,
     engine: EngineName = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, or the job's script, and stop.")
@@ -113,25 +131,47 @@ def launch(
     if test_only:
         raise PlanError("--test-only asks Slurm's controller; it goes with --on slurm")
     recipe = _load(config, overrides, engine)
+    if on == "ssh":
+        return launch_over_ssh(
+            recipe,
+            config,
+            _overrides(overrides, engine),
+            hostfile=hostfile,
+            nodes=nodes,
+            procs=procs,
+            rendezvous=rendezvous,
+            dry_run=dry_run,
+            allow_changed=allow_changed,
+        )
+    if heed_stdin:
+        from distdl.launch.heed import heed_stdin as heed
+
+        heed()
     nodes = nodes or (recipe.launch.nodes if recipe.launch.nodes > 1 else None)
     if dry_run:
         _show_plan(recipe, _plan(recipe, nodes or 1, procs))
         return errors.DONE
-    agents = Agents.from_env(os.environ, nodes)
-    plan = _plan(recipe, agents.nodes, procs)
+    place = Place.find(nodes, node_rank, rendezvous, os.environ)
+    return _launch_node(recipe, _plan(recipe, place.nodes, procs), place, allow_changed=allow_changed)
+
+
+def _launch_node(recipe: Recipe, plan: Plan, place: Place, *, allow_changed: bool) -> int:
     from distdl.data import Feed
     from distdl.data.feed import access_of
+    from distdl.launch.joining import find_ground
     from distdl.launch.server import start_server
     from distdl.record import RunDirectory
 
     directory = RunDirectory.of(recipe)
     directory.create()
-    with directory.lock() if agents.node == 0 else contextlib.nullcontext():
-        start_server(plan, directory)
+    # One lock a run, not one a node: on a shared filesystem it is the same file.
+    with directory.lock() if place.node == 0 else contextlib.nullcontext():
+        ground = find_ground(place, _say)
+        start_server(plan, directory, ground.interface)
         Feed.open(recipe.data, access_of(recipe, _say))
         from distdl.launch.local import launch as launch_local
 
-        return launch_local(recipe, plan, agents, directory, allow_changed=allow_changed)
+        return launch_local(recipe, plan, directory, ground, _say, allow_changed=allow_changed)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distdl.launch.logs import tail
-from distdl.record import Heartbeat, write_atomic
-
-_CONSEQUENCE = 2
+from distdl.record import write_atomic
 
 
 @dataclass(frozen=True)
@@ -25,34 +24,56 @@ class Casualty:
     exitcode: int
 
 
-def write_failure(attempt: Path, casualties: Sequence[Casualty]) -> dict[str, Any]:
-    """Choose the rank that failed first, write `failure.json` in the attempt's folder and return it.
+def find_failure(attempt: Path, casualties: Sequence[Casualty], node: int) -> dict[str, Any]:
+    """What failed first among this node's ranks, and all that is known of it, as plain values.
 
     Ranks that report (failures/rank-NNNNN.json) are told apart from those that a signal ended. A lost
     connection is a consequence: the rank that died is the cause.
     """
     reports = {r["rank"]: r for r in map(_read, sorted((attempt / "failures").glob("rank-*.json")))}
-    first = min(casualties, key=lambda c: _order(c, reports.get(c.rank)))
+    first = min(casualties, key=lambda c: _order(reports.get(c.rank)))
     report = reports.get(first.rank, {})
-    step, phase, _ = Heartbeat.read(attempt / "heartbeat")
     log = attempt / "logs" / f"rank-{first.rank:05d}.log"
-    place = attempt / "failure.json"
-    if _order(first, report or None)[0] == _CONSEQUENCE and place.exists():
-        return _read(place)  # of another node, where it began
-    failure = {
+    return {
         "rank": first.rank,
+        "node": node,
+        "host": socket.gethostname(),
         "pid": first.pid,
         "cause": _cause(first, report),
-        "step": step,
-        "phase": phase,
         "time": time.time(),
         "traceback": report.get("traceback"),
         "log": str(log),
         "log_tail": tail(log),
         "all_failed": [{"rank": c.rank, "exitcode": c.exitcode} for c in casualties],
+        "order": _order(report or None),
     }
-    write_atomic(place, json.dumps(failure, indent=2) + "\n")
-    return failure
+
+
+def first_failure(failures: Sequence[dict[str, Any]], step: int, phase: str) -> dict[str, Any]:
+    """Of what failed first on each node, what failed first of all; `step` and `phase`: where the run was."""
+    first = min(failures, key=lambda f: tuple(f["order"]))
+    everyone = sorted((each for f in failures for each in f["all_failed"]), key=lambda each: each["rank"])
+    known = {name: value for name, value in first.items() if name != "order"}
+    return known | {"step": step, "phase": phase, "all_failed": everyone}
+
+
+def lost_node(node: int, host: str | None, step: int, phase: str) -> dict[str, Any]:
+    """The failure of a node that is gone with all its ranks."""
+    cause = f"node {node}{f' ({host})' if host else ''} is lost: its launcher ended or cannot be reached"
+    where = {"node": node, "host": host, "cause": cause, "time": time.time(), "step": step, "phase": phase}
+    return where | {
+        "rank": None,
+        "pid": None,
+        "traceback": None,
+        "log": None,
+        "log_tail": "",
+        "all_failed": [],
+    }
+
+
+def write_failure(attempt: Path, failure: dict[str, Any]) -> None:
+    """Write `failure.json` in the attempt's folder."""
+    write_atomic(attempt / "failure.json", json.dumps(failure, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -60,10 +81,10 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _order(casualty: Casualty, report: dict[str, Any] | None) -> tuple[int, float]:
+def _order(report: dict[str, Any] | None) -> tuple[int, float]:
     if report is None:
         return (0, 0.0)
-    return (_CONSEQUENCE if report["consequence"] else 1, report["time"])
+    return (2 if report["consequence"] else 1, report["time"])
 
 
 def _cause(casualty: Casualty, report: dict[str, Any]) -> str:

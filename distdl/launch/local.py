@@ -1,37 +1,54 @@
-"""`distdl launch` on this machine: alone, or as the launcher of one node among several."""
+"""`distdl launch`: the agent of one node, which may be the only one."""
 
 from __future__ import annotations
 
-import contextlib
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
-from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 
 from distdl import errors
 from distdl.launch.agent import RunAgent, StoppedWhileDown
-from distdl.launch.rendezvous import LoopbackRendezvous, Meeting, NodesRendezvous
+from distdl.launch.joining import Ground, joined
+from distdl.launch.peers import NodeLost, Peers
+from distdl.launch.rendezvous import Meeting
 from distdl.launch.worker import WorkOrder, work
 from distdl.plan import Plan
 from distdl.recipe import Recipe
 from distdl.record import RunDirectory
-from distdl.topology import Agents
 from distdl.train.stop import code_of_a_stop
 
 
 def launch(
-    recipe: Recipe, plan: Plan, agents: Agents, directory: RunDirectory, *, allow_changed: bool
+    recipe: Recipe,
+    plan: Plan,
+    directory: RunDirectory,
+    ground: Ground,
+    say: Callable[[str], None],
+    *,
+    allow_changed: bool,
 ) -> int:
-    """Run this node's workers until the run ends; returns its exit code. Every node's launcher calls it.
+    """Run this node's workers, together with the other nodes', until the run ends; returns its exit code.
 
-    The caller has locked the run directory, on node 0, and called `start_server`. Blocks. Raises LaunchError,
-    naming the rank that failed and why, when the restart budget is spent.
+    The caller has locked the run directory on node 0, and called `start_server`. Blocks. Raises LaunchError,
+    naming the rank that failed and why, when the restart budget is spent, or the node that is lost.
     """
-    meeting = _meet(agents, recipe.launch.timeout_s)
+    procs = plan.world_size // plan.nodes
+    try:
+        with joined(ground, recipe, say) as (peers, address):
+            return _run(recipe, procs, directory, peers, address, allow_changed)
+    except NodeLost as lost:  # before the first attempt
+        raise errors.LaunchError(f"node {lost.node} has gone again, before all were there") from lost
+
+
+def _run(
+    recipe: Recipe, procs: int, directory: RunDirectory, peers: Peers, address: str, allow_changed: bool
+) -> int:
+    meeting = Meeting(peers, address, uuid.uuid4().hex[:8], procs, lambda: directory.new_attempt().name)
     spec = WorkerSpec(
         role="distdl",
-        local_world_size=plan.world_size // plan.nodes,
+        local_world_size=procs,
         entrypoint=work,
         rdzv_handler=meeting,
         max_restarts=recipe.launch.max_restarts,
@@ -39,52 +56,42 @@ def launch(
     )
     agent = RunAgent(spec, meeting, directory, lambda attempt: WorkOrder(recipe, str(attempt), allow_changed))
     agent.install_handlers()
-    directory.event("launch", procs=plan.world_size, node=agents.node)
-    why = "gave up"
+    directory.event("launch", procs=procs, node=peers.node, nodes=peers.nodes)
     try:
-        code = _run(agent, directory)
-        why = f"has ended with {code}"
-        return code
-    finally:
-        with contextlib.suppress(DistError):  # node 0 has left before
-            meeting.leave(why)
-
-
-def _meet(agents: Agents, timeout_s: float) -> Meeting:
-    run_id = uuid.uuid4().hex[:8]
-    return LoopbackRendezvous(run_id) if agents.nodes == 1 else NodesRendezvous(run_id, agents, timeout_s)
-
-
-def _run(agent: RunAgent, directory: RunDirectory) -> int:
-    try:
-        result: RunResult = agent.run()
+        result = agent.run()
     except StoppedWhileDown:
-        return _stopped(agent, directory)
-    except (DistError, errors.LaunchError) as error:
-        if agent.stop_signal is not None:
-            return _stopped(agent, directory)
-        raise errors.LaunchError(f"lost the launchers of the other nodes: {error}") from error
+        return _stopped(agent, peers, directory)
+    except NodeLost as lost:
+        if agent.stop_signal is not None:  # it has left first
+            return _stopped(agent, peers, directory)
+        raise errors.LaunchError(
+            f"{agent.note_loss(lost)['cause']}. The run has ended on every node; start it again on all of "
+            "them, and it goes on from the last checkpoint"
+        ) from lost
     if result.state is WorkerState.SUCCEEDED:
-        codes = list(result.return_values.values())
-        return max(codes) if codes else errors.DONE
+        return agent.code
     if agent.stop_signal is not None:
-        return _stopped(agent, directory)
+        return _stopped(agent, peers, directory)
     raise errors.LaunchError(_story(agent))
 
 
-def _stopped(agent: RunAgent, directory: RunDirectory) -> int:
+def _stopped(agent: RunAgent, peers: Peers, directory: RunDirectory) -> int:
     """The code of a run that was asked to stop and whose workers went down before they could agree."""
     code = code_of_a_stop(directory)
-    directory.event("stop", signal=agent.stop_signal and agent.stop_signal.name, saved=code == errors.STOPPED)
+    name = agent.stop_signal and agent.stop_signal.name
+    if name:
+        peers.tell_stop(name)
+    if peers.node == 0:
+        directory.event("stop", signal=name, saved=code == errors.STOPPED)
     return code
 
 
 def _story(agent: RunAgent) -> str:
-    failure = agent.failure or {"rank": "?", "cause": "unknown", "step": "?", "log": "", "log_tail": ""}
+    failure = agent.failure or {"step": "?", "cause": "unknown", "log": "", "log_tail": ""}
     story = failure.get("traceback") or failure["log_tail"]
     budget = agent.get_worker_group().spec.max_restarts
     return (
-        f"[rank {failure['rank']}] failed at step {failure['step']}: {failure['cause']}. "
+        f"{agent.blamed()} failed at step {failure['step']}: {failure['cause']}. "
         f"{budget} restarts without a step gained are spent (launch.max_restarts).\n"
         f"{story}\n"
         f"log: {failure['log']}\nall of it: {Path(agent.attempt) / 'failure.json'}"

@@ -17,16 +17,17 @@ from distdl.record import RunDirectory
 from distdl.train.stop import REQUESTS, code_of_a_stop
 
 
-def start_server(plan: Plan, directory: RunDirectory) -> None:
+def start_server(plan: Plan, directory: RunDirectory, interface: str | None = "lo") -> None:
     """Set what workers inherit and start the fork server; returns at once, while it imports.
 
-    The environment is set first, since libraries read it when they are loaded.
+    The environment is set first, since libraries read it when they are loaded. gloo and nccl talk over
+    `interface` unless the user chose one; None leaves that to them.
     """
     os.environ["DISTDL_LAUNCHER_PID"] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)
-    if plan.nodes == 1:  # gloo and nccl talk over loopback unless the user chose an interface
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     # The elastic agent would install handlers that raise, between ours and the first worker.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
     multiprocessing.set_forkserver_preload(["distdl.launch.preload"])

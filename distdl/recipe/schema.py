@@ -25,6 +25,7 @@ from distdl.recipe.base import (
 )
 from distdl.recipe.named import Constant, Model, Optim, Schedule, Task
 from distdl.recipe.slurm import Slurm
+from distdl.recipe.ssh import Ssh
 
 
 class Augment(Section):
@@ -233,6 +234,7 @@ class Launch(Section):
     procs: Literal["auto"] | Count = Field("auto", description="Processes on each machine.")
     max_restarts: Natural = Field(3, description="Failures in a row, with no step gained, that are survived.")
     timeout_s: Positive = Field(600.0, description="Seconds that a process waits for the others.")
+    ssh: Ssh = Field(default_factory=Ssh, description="How other machines are reached (--on ssh).")
     slurm: Slurm = Field(default_factory=Slurm, description="What is asked of Slurm (--on slurm).")
 
 

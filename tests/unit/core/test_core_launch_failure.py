@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from distdl.launch.failure import Casualty, write_failure
-from distdl.record import Heartbeat
+from distdl.launch.failure import Casualty, find_failure, first_failure, lost_node, write_failure
 
 
 class Attempt:
@@ -36,7 +35,9 @@ class Attempt:
         (self.path / "logs" / f"rank-{rank:05d}.log").write_text(text)
 
     def failure(self, *casualties: tuple[int, int]) -> dict[str, Any]:
-        found = write_failure(self.path, [Casualty(r, 1000 + r, code) for r, code in casualties])
+        here = find_failure(self.path, [Casualty(r, 1000 + r, code) for r, code in casualties], node=0)
+        found = first_failure([here], step=17, phase="saving")
+        write_failure(self.path, found)
         assert json.loads((self.path / "failure.json").read_text()) == found
         return found
 
@@ -105,7 +106,6 @@ def test_causes_without_a_report(attempt: Attempt, exitcode: int, cause: str) ->
 
 
 def test_where_it_stood_and_its_last_words(attempt: Attempt) -> None:
-    Heartbeat(attempt.path / "heartbeat").beat(17, "saving")
     attempt.log(0, "not this one")
     attempt.log(1, "".join(f"line {i}\n" for i in range(50)) + "last words \ufffd")
     found = attempt.failure((1, KILLED))
@@ -116,4 +116,20 @@ def test_where_it_stood_and_its_last_words(attempt: Attempt) -> None:
 
 def test_before_anything_was_written(attempt: Attempt) -> None:
     found = attempt.failure((0, 1))
-    assert (found["step"], found["phase"], found["log_tail"]) == (0, "starting", "")
+    assert (found["traceback"], found["log_tail"]) == (None, "")
+
+
+def test_of_several_nodes_the_one_that_failed_first(attempt: Attempt) -> None:
+    attempt.report(0, time=1.0, consequence=True, exception="RuntimeError")
+    on_0 = find_failure(attempt.path, [Casualty(0, 1000, 70)], node=0)
+    on_1 = find_failure(attempt.path, [Casualty(1, 1001, KILLED)], node=1)
+    found = first_failure([on_0, on_1], step=3, phase="step")
+    assert (found["node"], found["rank"], found["step"]) == (1, 1, 3)
+    assert found["all_failed"] == [{"rank": 0, "exitcode": 70}, {"rank": 1, "exitcode": KILLED}]
+    assert "order" not in found
+
+
+def test_a_lost_node_is_named_with_its_host() -> None:
+    found = lost_node(1, "gpu07", step=3, phase="step")
+    assert found["cause"].startswith("node 1 (gpu07) is lost")
+    assert (found["rank"], found["node"], found["step"]) == (None, 1, 3)

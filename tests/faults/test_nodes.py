@@ -1,0 +1,129 @@
+"""Several nodes, each with a launcher of its own: one run, to the bit, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distdl.testing import assert_same_bits
+from tests.faults.support import Launched, events, tensors_of, wait_for_event, worker_pids, write_recipe
+from tests.runs import train_here
+
+pytestmark = pytest.mark.slow
+
+EXACT = {"max_steps": 120, "seed": 1, "reduction": "exact"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def nodes(recipe: Path, *procs: int, fail_at: str = "") -> Iterator[list[Launched]]:
+    """A launcher for each node, with so many processes."""
+    with contextlib.ExitStack() as stack:
+        port, started = free_port(), []
+        for node, count in enumerate(procs):
+            place = ["--nodes", str(len(procs)), "--node-rank", str(node), "--procs", str(count)]
+            meeting = ["--rendezvous", f"127.0.0.1:{port}"]
+            started.append(
+                stack.enter_context(Launched(["launch", str(recipe), *place, *meeting], fail_at=fail_at))
+            )
+        yield started
+
+
+def finish(launchers: list[Launched]) -> list[int]:
+    codes = [launcher.finish() for launcher in launchers]
+    for launcher in launchers:
+        launcher.assert_nobody_left()
+    return codes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    recipe = write_recipe(tmp_path_factory.mktemp("undisturbed"), train=EXACT)
+    train_here(recipe, 1)
+    return tensors_of(recipe.parent / "run")
+
+
+def test_a_worker_killed_on_one_node_restarts_all(tmp_path: Path, undisturbed: Any) -> None:
+    """Two processes on node 0, one on node 1: the same bits as one process on one machine."""
+    recipe, run = write_recipe(tmp_path, train=EXACT), tmp_path / "run"
+    with nodes(recipe, 2, 1) as launchers:
+        wait_for_event(run, "save")
+        (victim,) = worker_pids(launchers[1])
+        os.kill(victim, signal.SIGKILL)
+        assert finish(launchers) == [0, 0], [each.output for each in launchers]
+    (failed,) = events(run, "rank_failed")
+    assert (failed["rank"], failed["node"]) == (2, 1)
+    said = f"[rank 2 on node 1 ({socket.gethostname()})] ended by SIGKILL"
+    assert said in launchers[0].output
+    assert "restarting" not in launchers[1].output
+    assert [e["world_size"] for e in events(run, "start")] == [3, 3]
+    assert events(run, "start")[1]["resumed_from"] is not None
+    assert_same_bits(tensors_of(run), undisturbed)
+
+
+def test_a_stop_asked_of_one_node_stops_all_at_one_step(tmp_path: Path, undisturbed: Any) -> None:
+    recipe, run = write_recipe(tmp_path, train=EXACT), tmp_path / "run"
+    with nodes(recipe, 1, 1) as launchers:
+        wait_for_event(run, "save")
+        os.kill(launchers[1].process.pid, signal.SIGTERM)
+        assert finish(launchers) == [75, 75], [each.output for each in launchers]
+    (stop,) = events(run, "stop")
+    assert stop["saved"] == stop["step"]
+    train_here(recipe, 1)
+    assert_same_bits(tensors_of(run), undisturbed)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_launcher_killed_ends_the_others_and_is_named(node: int, tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, train={"max_steps": 100000}), tmp_path / "run"
+    with nodes(recipe, 1, 1) as launchers:
+        wait_for_event(run, "save")
+        os.kill(launchers[node].process.pid, signal.SIGKILL)
+        codes = finish(launchers)
+    assert codes[node] == -signal.SIGKILL
+    assert codes[1 - node] == 70
+    output = launchers[1 - node].output
+    assert f"error: node {node} " in output
+    assert "goes on from the last checkpoint" in output
+    if node == 1:
+        failure = json.loads((run / "attempts" / "0001" / "failure.json").read_text())
+        assert (failure["node"], failure["host"]) == (1, socket.gethostname())
+        assert events(run, "node_lost")[0]["node"] == 1
+
+
+def test_a_spent_budget_names_the_rank_and_its_node_on_every_node(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, launch={"max_restarts": 1})
+    with nodes(recipe, 1, 1, fail_at="1:train.step@14:kill") as launchers:
+        assert finish(launchers) == [70, 70]
+    named = f"[rank 1 on node 1 ({socket.gethostname()})] failed at step 14: ended by SIGKILL"
+    assert all(named in launcher.output for launcher in launchers)
+    assert len(events(tmp_path / "run", "restart")) == 1
+
+
+def test_nodes_that_would_train_different_things_never_start(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    port = free_port()
+    place = ["--nodes", "2", "--procs", "1", "--rendezvous", f"127.0.0.1:{port}"]
+    with (
+        Launched(["launch", str(recipe), *place, "--node-rank", "0", "launch.timeout_s=30"]) as first,
+        Launched(["launch", str(recipe), *place, "--node-rank", "1", "optim.lr=0.5"]) as second,
+    ):
+        assert second.finish() == 3
+        assert "node 0 has recipe" in second.output
+        os.kill(first.process.pid, signal.SIGTERM)
+        assert first.finish() == 143
+        first.assert_nobody_left()
