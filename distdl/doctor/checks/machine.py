@@ -19,14 +19,15 @@ def cores(job: Job) -> Iterator[Finding]:
     """Every process of a node has a core of its own."""
     for processes in job.nodes.values():
         first = processes[0]
-        together = {core for f in processes for core in f.machine.cores}
-        pinned = f"{len(processes)} processes may use only core {_list(sorted(together))}{where(job, first)}"
-        if len(together) < len(processes) and len(together) < (first.machine.cpu_quota or 1e9):
-            yield warn(
-                f"{pinned}: they take turns",
-                "give each cores of its own: srun --cpu-bind=cores --cpus-per-task=N, mpirun --bind-to none, "
-                "or fewer processes",
-            )
+        for cores in sorted({f.machine.cores for f in processes}):
+            on_them = sum(set(f.machine.cores) <= set(cores) for f in processes)
+            if on_them > len(cores):
+                yield warn(
+                    f"{on_them} processes may use only core {_list(cores)}{where(job, first)}: they take turns",
+                    "give each cores of its own: srun --cpu-bind=cores --cpus-per-task=N, mpirun --bind-to "
+                    "none, or fewer processes",
+                )
+                break
         quota = first.machine.cpu_quota
         if quota is not None and quota < len(processes):
             yield warn(
@@ -40,7 +41,7 @@ def _of_node(processes: Sequence[Facts]) -> set[int]:
     return {core for f in processes for core in f.machine.cores}
 
 
-def _list(cores: list[int]) -> str:
+def _list(cores: Sequence[int]) -> str:
     return ", ".join(map(str, cores))
 
 

@@ -1,0 +1,91 @@
+"""Checks on made-up facts: what is not in the list of misconfigurations, and the edges of what is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distdl.doctor.checks.communication import bus_rate
+from distdl.doctor.checks.gpus import too_old
+from distdl.doctor.checks.network import matching
+from distdl.doctor.collect.gpus import read
+from distdl.doctor.facts import Facts, Interface, Measured, Torch
+from tests.unit.doctor.doctor_support import WANTED, changed, healthy, problems
+
+ZERO = WANTED.model_copy(update={"engine": "zero2"})
+DOWN = {"interfaces": {"lo": Interface(loopback=True), "ib0": Interface(up=False)}}
+FAST = {"interfaces": {"eth0": Interface(speed_mbps=100_000)}}
+
+
+def said(facts: list[Facts]) -> list[tuple[str, str]]:
+    return [(f.check, f.status) for f in problems(facts)]
+
+
+@pytest.mark.parametrize(
+    ("check", "status", "nodes", "parts"),
+    [
+        ("torch", "fail", 1, {"software": {"torch": Torch(version=None, error="OSError: libcudart.so.12")}}),
+        ("torch", "fail", 1, {"software": {"torch": Torch(gloo=False)}}),
+        ("rendezvous", "fail", 2, {"network": {"master_addresses": ("127.0.0.1",), "master_addr": "localhost"}}),
+        ("interfaces", "fail", 1, {"network": DOWN, "env": {"GLOO_SOCKET_IFNAME": "ib0"}}),
+        ("engine", "fail", 1, {"wanted": ZERO}),
+        ("recipe", "fail", 1, {"wanted": WANTED.model_copy(update={"plan_error": "too many processes"})}),
+        ("CPU cores", "warn", 1, {"machine": {"cpu_quota": 1.0}}),
+        ("memory", "fail", 1, {"machine": {"memory_free": 500 << 20}}),
+        ("run directory", "fail", 1, {"storage": {"lock_error": "No locks available"}}),
+        ("run directory", "fail", 1, {"storage": {"fsync_error": "Invalid argument"}}),
+        ("disk space", "fail", 1, {"storage": {"free_files": 3}}),
+        ("all-reduce", "warn", 2, {"network": FAST, "measured": Measured(all_reduce={1 << 24: 1.0})}),
+        ("connections", "fail", 2, {"measured": Measured(all_reduce={1 << 24: 0.01}, stream_error="refused")}),
+    ],
+)  # fmt: skip
+def test_what_is_found(check: str, status: str, nodes: int, parts: dict[str, Any]) -> None:
+    assert (check, status) in said([changed(f, **parts) for f in healthy(nodes, 2)])
+
+
+def test_two_processes_on_one_core_are_found_among_others_with_cores_of_their_own() -> None:
+    cores = [(0,), (0,), (1, 2), (3, 4)]
+    them = [changed(f, machine={"cores": c}) for f, c in zip(healthy(1, 4), cores, strict=True)]
+    assert said(them) == [("CPU cores", "warn")]
+    shared = [changed(f, machine={"cores": (0, 1, 2, 3)}) for f in healthy(1, 4)]
+    assert said(shared) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "prefixes", "found"),
+    [
+        ("eth0", False, ["eth0"]), ("eth", False, []), ("eth", True, ["eth0", "eth1"]), ("=eth", True, []),
+        ("=eth1", True, ["eth1"]), ("^eth0", True, ["eth1"]), ("^lo,eth0", True, ["eth1"]),
+    ],
+)  # fmt: skip
+def test_interfaces_are_named_as_gloo_and_nccl_read_them(
+    value: str, prefixes: bool, found: list[str]
+) -> None:
+    there = {"lo": Interface(loopback=True), "eth0": Interface(), "eth1": Interface()}
+    assert matching(value, there, prefixes=prefixes) == found
+
+
+def test_a_driver_is_held_against_the_cuda_that_torch_was_built_for() -> None:
+    assert [too_old(d, "12.8") for d in ("470.82.01", "525.59", "525.60.13", "550.54")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert too_old("550.54", "13.0")
+
+
+def test_what_nvidia_smi_prints() -> None:
+    answers = {
+        "--query-gpu": "0, NVIDIA A, GPU-1, 81559, 4, 550.54.15\n1, NVIDIA A, GPU-2, 81559, 9000, 550.54.15\n",
+        "--query-compute-apps": "GPU-2, 4242, 8990\nGPU-1, 7, [N/A]\n",
+    }
+    found = read(lambda arguments: answers[arguments[0].partition("=")[0]])
+    assert (found.present, found.driver) == (2, "550.54.15")
+    assert [card.others for card in found.cards] == [{7: 0}, {4242: 8990 << 20}]
+
+
+def test_bus_bandwidth_is_what_a_link_carries() -> None:
+    assert bus_rate(100, 1.0, 2) == 100
+    assert bus_rate(100, 2.0, 4) == 75
