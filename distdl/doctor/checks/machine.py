@@ -23,7 +23,7 @@ def cores(job: Job) -> Iterator[Finding]:
             on_them = sum(set(f.machine.cores) <= set(cores) for f in processes)
             if on_them > len(cores):
                 yield warn(
-                    f"{on_them} processes may use only core {_list(cores)}{where(job, first)}: they take turns",
+                    f"{on_them} processes may use only core {_list(cores)}{where(job, first)}: they wait",
                     "give each cores of its own: srun --cpu-bind=cores --cpus-per-task=N, mpirun --bind-to "
                     "none, or fewer processes",
                 )
