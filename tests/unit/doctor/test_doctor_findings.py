@@ -74,7 +74,7 @@ def test_a_driver_is_held_against_the_cuda_that_torch_was_built_for() -> None:
 
 def test_what_nvidia_smi_prints() -> None:
     answers = {
-        "--query-gpu": "0, NVIDIA A, GPU-1, 81559, 4, 550.54.15\n1, NVIDIA A, GPU-2, 81559, 9000, 550.54.15\n",
+        "--query-gpu": "0, card, GPU-1, 81559, 4, 550.54.15\n1, card, GPU-2, 81559, 9000, 550.54.15\n",
         "--query-compute-apps": "GPU-2, 4242, 8990\nGPU-1, 7, [N/A]\n",
     }
     found = read(lambda arguments: answers[arguments[0].partition("=")[0]])
