@@ -59,11 +59,12 @@ def start_again(name: str, restarts: int, script: Path) -> str:
         dependency = f"--dependency=afterany:{name}"
         job = ask(["sbatch", "--parsable", dependency, *_task_of(name), str(script)]).strip()
         return f"goes on as job {job}"
-    state, count = state_of(ask(["scontrol", "show", "job", "-o", name]))
-    if state.startswith("CANCELLED"):
-        return "cancelled, not started again"
+    state, reason, count = state_of(ask(["scontrol", "show", "job", "-o", name]))
     if count != restarts:
         return "Slurm itself starts it again"
+    # A job that is cancelled is COMPLETING for as long as this program lives; so is one out of time.
+    if state != "RUNNING" and reason != "TimeLimit":
+        return "cancelled, not started again"
     ask(["scontrol", "requeue", name])
     return Verdict.AGAIN.value
 
@@ -73,7 +74,7 @@ def _task_of(name: str) -> list[str]:
     return [f"--array={task}"] if task else []
 
 
-def state_of(text: str) -> tuple[str, int]:
-    """(state, restarts) from the line that `scontrol show job -o` prints."""
-    found = dict(re.findall(r"(?:^|\s)(JobState|Restarts)=(\S+)", text))
-    return found.get("JobState", "UNKNOWN"), int(found.get("Restarts", "0"))
+def state_of(text: str) -> tuple[str, str, int]:
+    """(state, reason, restarts) from the line that `scontrol show job -o` prints."""
+    found = dict(re.findall(r"(?:^|\s)(JobState|Reason|Restarts)=(\S+)", text))
+    return found.get("JobState", "UNKNOWN"), found.get("Reason", ""), int(found.get("Restarts", "0"))

@@ -65,7 +65,7 @@ def test_the_verdict(code: int, asked: bool, idle: int, verdict: Verdict) -> Non
 
 def test_the_state_is_read_from_what_scontrol_prints() -> None:
     line = "JobId=7 JobName=a JobState=RUNNING Reason=None Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:0"
-    assert state_of(line) == ("RUNNING", 2)
+    assert state_of(line) == ("RUNNING", "None", 2)
 
 
 JOB = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2"}
@@ -112,8 +112,8 @@ import json, os, sys
 with open(os.environ["NOTES"], "a") as notes:
     notes.write(json.dumps(["scontrol", *sys.argv[1:]]) + "\\n")
 if sys.argv[1] == "show":
-    state, restarts = os.environ.get("STATE", "RUNNING"), os.environ.get("RESTARTS", "0")
-    print(f"JobId=12 JobState={{state}} Restarts={{restarts}}")
+    said = {{"STATE": "RUNNING", "REASON": "None", "RESTARTS": "0", **os.environ}}
+    print("JobId=12 JobState={{STATE}} Reason={{REASON}} Restarts={{RESTARTS}}".format(**said))
 """
 
 
@@ -184,6 +184,7 @@ def test_a_warning_is_passed_on_and_the_job_starts_again(program: Program) -> No
         ({"CODE": "0"}, "exit code 0; over"),
         ({"CODE": "70"}, "exit code 70; over"),
         ({"CODE": "75", "STATE": "CANCELLED"}, "cancelled, not started again"),
+        ({"CODE": "75", "STATE": "COMPLETING"}, "cancelled, not started again"),
         ({"CODE": "75", "RESTARTS": "1"}, "Slurm itself starts it again"),
     ],
 )
@@ -192,6 +193,11 @@ def test_when_a_job_is_not_started_again(program: Program, environment: dict[str
     assert code == int(environment["CODE"])
     assert says in said
     assert "scontrol" not in {words[0] for words in program.asked("scontrol") if words[1] == "requeue"}
+
+
+def test_a_job_out_of_time_that_could_save_starts_again(program: Program) -> None:
+    program.finish(program.start(CODE="75", STATE="COMPLETING", REASON="TimeLimit"))
+    assert program.asked("scontrol")[-1] == REQUEUE
 
 
 def test_a_job_that_saves_no_step_ends_after_so_many_attempts(program: Program) -> None:
