@@ -340,8 +340,14 @@ def test_every_recipe_loads_and_plans(it: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(it)
     assert re.fullmatch(r"[0-9a-f]{16}", recipe_hash(recipe))
-    fields = {"text": Field("int32", (None,))}  # for the orders that look at lengths
-    rows = DataInfo("any", {recipe.data.train_split: 1000, recipe.data.eval_split: 100}, fields, "0" * 32)
+    column, splits = recipe.data.sequence or "text", (recipe.data.train_split, recipe.data.eval_split)
+    rows = DataInfo(
+        "any",
+        dict.fromkeys(splits, 1000),
+        {column: Field("int32", (None,))},  # for the orders that look at lengths
+        "0" * 32,
+        elements={split: {column: 10**6} for split in splits},
+    )
     assert make_plan(recipe, Topology.of(1, 2, cpus=2), rows).world_size == 2
     if recipe.data.path and not Path(recipe.data.path).exists():  # data that a script fetches
         with pytest.raises(DataError, match="does not exist"):
