@@ -18,7 +18,7 @@ from distdl.imports import import_attribute
 from distdl.pieces import Meta, Renamed, Saved
 
 if TYPE_CHECKING:
-    from distdl.recipe.named import AnyOptimiser
+    from distdl.recipe.optimisers import AnyOptimiser
 
 _BUILT_IN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

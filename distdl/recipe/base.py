@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -36,3 +36,13 @@ def _one_line(text: str) -> str:
 
 Line = Annotated[Text, AfterValidator(_one_line)]
 """A text that stands in one line of a script, where a line break would begin another."""
+
+
+class NamedSection(Section):
+    """A section that chooses by `name`; its other keys are options of what was chosen."""
+
+    name: str = Field(description="What is chosen.")
+
+    def options(self) -> dict[str, Any]:
+        """Every key but `name`, extra keys included, as JSON values: keyword arguments for what is named."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"name"})

@@ -23,7 +23,8 @@ from distdl.recipe.base import (
     Text,
     problem,
 )
-from distdl.recipe.named import Constant, Model, Optim, Schedule, Task
+from distdl.recipe.named import Model, Optim, Schedule, Task
+from distdl.recipe.optimisers import Constant
 from distdl.recipe.slurm import Slurm
 from distdl.recipe.ssh import Ssh
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from distdl.plan import Plan
     from distdl.recipe import Recipe
-    from distdl.recipe.named import Cosine, OneCycle, Step
+    from distdl.recipe.optimisers import Cosine, OneCycle, Step
 
 
 def learning_rate(recipe: Recipe, plan: Plan, update: int) -> float:

@@ -78,7 +78,7 @@ def test_a_worker_that_is_killed_on_one_node_restarts_them_all(
         cluster.say("kill", "-KILL", worker, on="node2")
         said = job.communicate(timeout=90)[0]
     assert job.returncode == 0, said
-    assert "[rank 1] ended by SIGKILL" in said
+    assert "[rank 1 on node 1 (node2)] ended by SIGKILL" in said
     assert {e["rank"] for e in events(run, "rank_failed")} >= {1}
     first, second = events(run, "start")
     assert (first["resumed_from"], second["world_size"]) == (None, 2)
