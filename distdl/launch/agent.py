@@ -230,6 +230,7 @@ class RunAgent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._stop_while_down()
         assert self.failure is not None
+        self._stop_workers(worker_group)  # whoever reads of a restart finds nobody of the attempt before
         if self._peers.node == 0:
             text = f"{self.blamed()} {self.failure['cause']}; restarting from the last checkpoint"
             with contextlib.suppress(OSError):  # whoever read along may have gone away

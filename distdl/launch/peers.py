@@ -80,7 +80,7 @@ class Peers:
         self._link.listen()
         found = self._all(_END)
         if found is None:
-            self._check_lost()
+            self._check_lost(unless_said=_END)
         return None if found is None else [End(**said) for said in found]
 
     @property
@@ -118,6 +118,9 @@ class Peers:
         mine = [said[n] for n in range(self.nodes) if n in said and said[n]["round"] == self.round]
         return mine if len(mine) == self.nodes else None
 
-    def _check_lost(self) -> None:
+    def _check_lost(self, unless_said: str | None = None) -> None:
+        """`unless_said`: who has said that in this round is no longer needed."""
         for node, host in self._link.heard.get(LOST, {}).items():
-            raise NodeLost(node, host)
+            said = self._link.heard.get(unless_said, {}) if unless_said else {}
+            if node not in said or said[node]["round"] != self.round:
+                raise NodeLost(node, host)

@@ -222,7 +222,9 @@ def test_a_node_lost_after_all_is_said_is_no_loss(ring: Ring) -> None:
         each.say_end(End(1, code=0))
     peers[1].leave()
     hear(ring.links[0], relay.LOST, 1)
-    assert peers[0].ends() == [End(1, code=0)] * 2
+    while (ends := peers[0].ends()) is None:  # its own word may come back later
+        pass
+    assert ends == [End(1, code=0)] * 2
     peers[0].round = 2
     with pytest.raises(NodeLost):
         peers[0].ends()
