@@ -25,7 +25,7 @@ def run_world(
     fn: Callable[..., Any],
     size: int,
     *args: Any,
-    deadline_s: float = 120.0,
+    deadline_s: float = 300.0,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call ``fn(world, *args)`` on `size` ranks and return their results in rank order.
