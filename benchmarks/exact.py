@@ -25,8 +25,9 @@ from distdl.engines import Engine, Group, Pass, build_engine
 from distdl.keys import seed_everything
 from distdl.models.cnn5 import Cnn5
 from distdl.models.lstm import Recurrent
-from distdl.plan import DataInfo, make_plan
+from distdl.plan import make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo
 from distdl.testing import run_world
 from distdl.topology import Topology
 

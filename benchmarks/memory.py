@@ -23,8 +23,9 @@ from distdl.engines.sizes import model_sizes
 from distdl.keys import seed_everything
 from distdl.memory import predict
 from distdl.models.lstm import Recurrent
-from distdl.plan import DataInfo, Plan, make_plan
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo
 from distdl.testing import run_world
 from distdl.topology import Topology
 

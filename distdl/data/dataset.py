@@ -18,7 +18,7 @@ from distdl.data.table.memory import Int64
 from distdl.data.table.ragged import Allocate, Ragged
 from distdl.data.table.rows import Batch
 from distdl.errors import DataError, nearest
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 
 
 class ShardedDataset:

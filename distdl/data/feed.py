@@ -20,7 +20,8 @@ from distdl.data.table.arrow import choose
 from distdl.data.table.rows import Rows
 from distdl.data.table.views import Concatenated, Packed
 from distdl.errors import DataError
-from distdl.plan import PACKED, DataInfo, Field, Plan, pack_length
+from distdl.plan import Plan
+from distdl.samples import PACKED, DataInfo, Field, pack_length
 
 if TYPE_CHECKING:
     from distdl.data.stream.remote_rows import Access

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from distdl.data.index import Column
-from distdl.plan import Field
+from distdl.samples import Field
 
 STATE_FILE = "state.json"
 INFO_FILE = "dataset_info.json"

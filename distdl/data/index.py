@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distdl import plan
+from distdl import samples
 from distdl.errors import DataError
 
 INDEX_FILE = "index.json"
@@ -105,10 +105,10 @@ class Index(_Part):
                 whole.update(f"{shard.rows} {shard.bytes} {shard.hash}\n".encode())
         return whole.hexdigest()
 
-    def info(self) -> plan.DataInfo:
+    def info(self) -> samples.DataInfo:
         """What the plan needs to know."""
         fields = {
-            name: plan.Field(
+            name: samples.Field(
                 c.dtype,
                 c.shape,
                 len(c.classes) if c.classes else None,
@@ -119,7 +119,7 @@ class Index(_Part):
         }
         rows = {name: split.rows for name, split in self.splits.items()}
         elements = {s: {c: o.total for c, o in split.offsets.items()} for s, split in self.splits.items()}
-        return plan.DataInfo(self.name, rows, fields, self.fingerprint, elements)
+        return samples.DataInfo(self.name, rows, fields, self.fingerprint, elements)
 
     def files(self) -> Iterable[DataFile]:
         """Every file that the index checks."""

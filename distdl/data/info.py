@@ -20,7 +20,7 @@ from distdl.data.prepare.draft import TOKENIZER_FILE
 from distdl.data.prepare.readers import Source, source_of
 from distdl.data.saved import is_saved, saved_splits
 from distdl.errors import DataError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 
 if TYPE_CHECKING:
     from distdl.data.stream.retry import Patience

@@ -23,7 +23,7 @@ from distdl.data.saved import is_saved
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import Batch, Rows
 from distdl.errors import DataError
-from distdl.plan import Field
+from distdl.samples import Field
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -20,7 +20,7 @@ from distdl.data.prepare.run import prepare
 from distdl.data.saved import is_saved, saved_splits
 from distdl.data.table.arrow import ArrowTable
 from distdl.errors import DataError, nearest
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 
 if TYPE_CHECKING:
     from distdl.data.stream.remote_rows import Access, Remote, RemoteRows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distdl.plan import PACKED, Plan
+from distdl.plan import Plan
+from distdl.samples import PACKED
 
 
 def plan_rows(p: Plan) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from distdl.errors import RecipeError
 from distdl.imports import call_with_known, import_attribute
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Carrying, Columns, Prediction, Rows, Task
 from distdl.tasks.detection import Detection
 from distdl.tasks.forecasting import Forecasting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 
 
 def words(data: DataInfo) -> str:

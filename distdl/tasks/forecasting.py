@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distdl.errors import DataError, RecipeError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
 
 HISTORY, FUTURE, SCALE = "history", "future", "scale"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.classes import class_predictions
 from distdl.tasks.columns import words

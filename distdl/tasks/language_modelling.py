@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Rows
 from distdl.tasks.columns import words
 from distdl.tasks.tokens import token_columns, vocabulary_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 from distdl.tasks.columns import in_words
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Rows
 from distdl.tasks.columns import words
 from distdl.tasks.pictures import Pictures, image_column, is_image

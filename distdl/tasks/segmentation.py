@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Rows
 from distdl.tasks.pictures import Pictures, image_column
 

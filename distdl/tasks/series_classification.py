@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.classes import class_predictions
 from distdl.tasks.columns import words

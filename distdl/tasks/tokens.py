@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distdl.errors import DataError, RecipeError
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 
 
 def token_columns(data: DataInfo) -> list[str]:

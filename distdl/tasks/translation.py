@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError, nearest
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Rows
 from distdl.tasks.bleu import bleu_and_chrf, check_sacrebleu
 from distdl.tasks.columns import words

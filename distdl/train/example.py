@@ -15,8 +15,8 @@ from distdl.data.table.rows import close
 from distdl.errors import RecipeError
 from distdl.keys import key, seed_everything
 from distdl.models import model_factory
-from distdl.plan import DataInfo
 from distdl.recipe import Recipe, load_recipe
+from distdl.samples import DataInfo
 from distdl.tasks import Columns, Task, build_task
 
 ROWS = (2, 3)

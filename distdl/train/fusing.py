@@ -21,7 +21,7 @@ from distdl.engines import Group, Pass
 from distdl.engines.groups import Rehearsal, groups_of, has_batchnorm, unfusable
 from distdl.engines.precision import autocast, dtype_of
 from distdl.keys import key, seed_everything
-from distdl.plan import PACKED
+from distdl.samples import PACKED
 from distdl.tasks import Batch
 from distdl.train.batches import Micro
 from distdl.train.joining import join, joinable, pad, rows_of, runs

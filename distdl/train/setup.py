@@ -29,9 +29,10 @@ from distdl.errors import EnvironmentProblem, RecipeError, nearest
 from distdl.keys import key, seed_everything
 from distdl.models import model_factory
 from distdl.observe.console import RunConsole
-from distdl.plan import DataInfo, Plan, make_plan
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, mathematics, recipe_hash, to_yaml
 from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
+from distdl.samples import DataInfo
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
 from distdl.train.arithmetic import fingerprint, settle

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks import Batch, Rows
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 from distdl.tasks import Batch, Rows
 
 

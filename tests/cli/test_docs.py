@@ -26,9 +26,10 @@ from distdl.checkpoint.write import COPIED
 from distdl.cli import commands
 from distdl.data import CATALOGUE
 from distdl.errors import DataError
-from distdl.plan import DataInfo, Field, make_plan
+from distdl.plan import make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.recipe.problems import describe
+from distdl.samples import DataInfo, Field
 from distdl.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]

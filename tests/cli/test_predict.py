@@ -14,8 +14,8 @@ from PIL import Image
 from distdl.data.catalogue import locate
 from distdl.data.feed import Feed
 from distdl.models import model_factory
-from distdl.plan import DataInfo, Field
 from distdl.recipe import load_recipe
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from tests.commands import distdl
 from tests.runs import train_here

@@ -21,8 +21,9 @@ from distdl.engines import Engine, Group, Pass, build_engine
 from distdl.keys import key, seed_everything
 from distdl.models.lstm import Recurrent
 from distdl.pieces import InMemory
-from distdl.plan import DataInfo, Plan, make_plan
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo
 from distdl.testing.whole import gather_whole
 from distdl.topology import Topology
 from distdl.train.schedule import learning_rate

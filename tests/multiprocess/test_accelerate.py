@@ -17,7 +17,8 @@ from distdl.engines import build_engine
 from distdl.engines.accelerate import accelerator, check_accelerator
 from distdl.errors import EngineError, PlanError
 from distdl.pieces import InMemory
-from distdl.plan import DataInfo, make_plan
+from distdl.plan import make_plan
+from distdl.samples import DataInfo
 from distdl.testing import assert_same_bits, run_world, worst
 from distdl.topology import Topology
 from tests.multiprocess.test_fsdp import Driver, Small, recipe_of, trained

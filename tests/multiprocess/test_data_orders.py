@@ -17,8 +17,9 @@ import torch
 import yaml
 
 from distdl.data import Feed, describe_data
-from distdl.plan import Plan, make_plan, packed_rows
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import packed_rows
 from distdl.tasks import Batch, Task, build_task
 from distdl.testing import assert_same_bits, run_world
 from distdl.topology import Topology

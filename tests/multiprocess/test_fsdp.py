@@ -19,8 +19,9 @@ from distdl.engines import Applied, Engine, Group, Pass, build_engine
 from distdl.errors import EngineError
 from distdl.keys import key, seed_everything
 from distdl.pieces import InMemory
-from distdl.plan import DataInfo, Field, Plan, make_plan
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo, Field
 from distdl.testing import assert_same_bits, run_world, worst
 from distdl.testing.whole import gather_whole
 from distdl.topology import Topology

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.models.cnn5 import Cnn5
-from distdl.plan import DataInfo, Field, make_plan
+from distdl.plan import make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
+from distdl.samples import DataInfo, Field
 from distdl.tasks import Batch
 from distdl.tasks.image_classification import ImageClassification
 from distdl.testing import run_world

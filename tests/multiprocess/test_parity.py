@@ -12,9 +12,10 @@ import torch
 from distdl.checkpoint.open import open_checkpoint
 from distdl.checkpoint.read import find_latest
 from distdl.data import Full
-from distdl.plan import DataInfo, make_plan
+from distdl.plan import make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
+from distdl.samples import DataInfo
 from distdl.testing import assert_same_bits, run_world, worst
 from distdl.topology import Topology
 from tests.runs import train_rank

@@ -27,7 +27,7 @@ from distdl.data.order.permutation import (
     round_keys,
 )
 from distdl.errors import DataError
-from distdl.plan import check_weights
+from distdl.samples import check_weights
 
 BLOCK = 1024
 """Positions shuffled together. Every prefix of the stream is within one block of the proportions."""

@@ -31,7 +31,7 @@ from distdl.data.stream.retry import Missing, Patience, scrub
 from distdl.data.stream.shard_cache import ShardCache
 from distdl.data.stream.store import Entry
 from distdl.errors import DataError, EnvironmentProblem, nearest
-from distdl.plan import DataInfo
+from distdl.samples import DataInfo
 
 _TAIL_BYTES = 64 * 1024
 """Read of the end of a Parquet file at first: holds most footers."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from distdl.comm import World
-from distdl.plan import DataInfo, Field, Plan, make_plan
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo, Field
 from distdl.topology import Topology
 
 

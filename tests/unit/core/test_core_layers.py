@@ -22,7 +22,19 @@ LAYERS: dict[str, int] = {
     "errors": 0,
     **dict.fromkeys(("recipe", "topology", "keys", "imports", "lifeline"), 1),
     **dict.fromkeys(
-        ("plan", "memory", "zero_config", "capabilities", "comm", "pieces", "record", "stores", "testing"), 2
+        (
+            "plan",
+            "samples",
+            "memory",
+            "zero_config",
+            "capabilities",
+            "comm",
+            "pieces",
+            "record",
+            "stores",
+            "testing",
+        ),
+        2,
     ),
     **dict.fromkeys(("data", "models", "tasks", "engines", "checkpoint"), 3),
     **dict.fromkeys(("observe", "doctor", "train", "launch"), 4),

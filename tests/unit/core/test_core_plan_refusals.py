@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from distdl.capabilities import ENGINES
 from distdl.errors import DataError, PlanError
-from distdl.plan import DataInfo, make_plan
+from distdl.plan import make_plan
+from distdl.samples import DataInfo
 from distdl.topology import Topology
 
 

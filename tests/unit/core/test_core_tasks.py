@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError, RecipeError
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 from distdl.tasks import Task, build_task
 
 

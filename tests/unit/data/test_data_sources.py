@@ -18,7 +18,7 @@ from distdl.data.folders import Splits, parquet_splits
 from distdl.data.info import describe
 from distdl.data.opening import ready
 from distdl.errors import DataError
-from distdl.plan import Field
+from distdl.samples import Field
 
 
 def sources(name: str | None, path: Path | None) -> Splits:

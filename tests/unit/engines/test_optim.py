@@ -14,8 +14,9 @@ from distdl.engines.optim import build_optimizer, known_slots, load_by_name, sta
 from distdl.engines.optimisers import Lamb, Lion
 from distdl.errors import Incompatible, PlanError, RecipeError
 from distdl.pieces import InMemory
-from distdl.plan import DataInfo, Field, make_plan
+from distdl.plan import make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo, Field
 from distdl.topology import Topology
 
 LION = {"name": "lion", "lr": 0.01, "weight_decay": 0.1}

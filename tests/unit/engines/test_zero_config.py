@@ -14,8 +14,9 @@ import torch
 from distdl.engines.zero_build import build_folder, own_builds
 from distdl.engines.zero_library import load_deepspeed
 from distdl.errors import EngineError, PlanError
-from distdl.plan import DataInfo, Field, Plan, make_plan
+from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
+from distdl.samples import DataInfo, Field
 from distdl.topology import Topology
 from distdl.zero_config import deepspeed_config
 

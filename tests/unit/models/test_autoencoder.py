@@ -16,8 +16,8 @@ from distdl.data.table.ragged import Ragged
 from distdl.errors import Incompatible
 from distdl.models import model_factory
 from distdl.models.sequence_autoencoder import SequenceAutoencoder
-from distdl.plan import DataInfo, Field
 from distdl.recipe.schema import Init
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.testing import assert_same_bits
 from distdl.train.warm_start import warm_start

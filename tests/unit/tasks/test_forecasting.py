@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from distdl.data import describe_data
 from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
-from distdl.plan import DataInfo, Field
 from distdl.recipe.schema import Data
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.tasks.forecasting import lagged
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from distdl.data import Ragged
 from distdl.errors import DataError, RecipeError
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.tasks.centres import detections, maps, radius
 from distdl.tasks.coco import average_precision

@@ -14,7 +14,7 @@ from distdl.data.table.ragged import Ragged
 from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
 from distdl.models.lstm_lm import LstmLm
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.tasks.language_modelling import _WINDOW
 

@@ -22,8 +22,9 @@ from distdl.data.prepare.tokenize import decode
 from distdl.data.table.ragged import Ragged
 from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
-from distdl.plan import DataInfo, Field, make_plan
+from distdl.plan import make_plan
 from distdl.recipe import load_recipe
+from distdl.samples import DataInfo, Field
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
 

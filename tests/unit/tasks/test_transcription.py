@@ -12,7 +12,7 @@ from torch.nn import functional
 from distdl.data.table.ragged import Ragged
 from distdl.errors import DataError
 from distdl.models import model_factory
-from distdl.plan import DataInfo, Field
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.tasks.transcription import edit_distance
 

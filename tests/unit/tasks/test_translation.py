@@ -20,8 +20,8 @@ from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
 from distdl.models.beam import State, beam_search
 from distdl.models.seq2seq_lstm import Seq2SeqLstm
-from distdl.plan import DataInfo, Field
 from distdl.recipe.schema import Data
+from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 
 WORDS = ["ab", "cd", "ef", "gh", "ij"]
