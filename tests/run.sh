@@ -32,11 +32,10 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# What injects faults, counts seconds, or talks too much between its ranks to share a core has the machine to itself;
-# the rest runs on every core.
-alone=(tests/timed tests/faults tests/slurm tests/gpu tests/multiprocess/test_image_runs.py)
+# What injects faults or counts seconds has the machine to itself; the rest runs on every core.
+alone=(tests/timed tests/faults tests/slurm tests/gpu)
 failed=0
 .venv/bin/python -m pytest -q --durations=10 -n auto --maxprocesses 8 --dist loadfile "${select[@]}" \
-  tests/multiprocess tests/cli tests/unit --ignore=tests/multiprocess/test_image_runs.py || failed=$?
+  tests/multiprocess tests/cli tests/unit || failed=$?
 .venv/bin/python -m pytest -q --durations=10 "${select[@]}" "${alone[@]}" || failed=$?
 exit "$failed"

@@ -11,9 +11,12 @@ from distdl.topology import Topology
 
 
 def train_rank(world: World, recipe: Recipe) -> int:
-    """One rank of a whole run, inside a world that exists already."""
+    """One rank of a whole run, the last thing its world does: the run leaves the process group at its end."""
+    import torch.distributed as dist
+
     from distdl.train.process import Options, train_process
 
+    assert world.size == 1 or dist.is_initialized(), "the run before has left the process group"
     topology = Topology(
         rank=world.rank,
         world_size=world.size,

@@ -139,10 +139,10 @@ OWN: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def each_alone(world: Any, folder: str) -> list[list[str]]:
-    """What becomes of each of `OWN`, one after the other in the same processes."""
-    found = []
-    for i, (sections, _) in enumerate(OWN):
+@pytest.mark.slow
+def test_what_cannot_be_fused_is_run_one_by_one_to_the_bit(tmp_path: Path) -> None:
+    """On both ranks alike, with one line that says why."""
+    for i, (sections, reason) in enumerate(OWN):
         case = {
             **IMAGES,
             "model": {"name": "cnn5", "width": 2},
@@ -152,19 +152,11 @@ def each_alone(world: Any, folder: str) -> list[list[str]]:
         if ":" in case["model"]["name"]:
             case["model"] = {**case["model"], "width": 2}
         for fuse in (8, 1):
-            path = Path(folder) / f"{i}-{fuse}"
-            assert train_rank(world, recipe_for(path, case, 2, hardware={"fuse": fuse})) == 0
-        found.append(reasons(Path(folder) / f"{i}-8"))
-    return found
-
-
-@pytest.mark.slow
-def test_what_cannot_be_fused_is_run_one_by_one_to_the_bit(tmp_path: Path) -> None:
-    """On both ranks alike, with one line that says why."""
-    found = run_world(each_alone, 2, str(tmp_path))[0]
-    for i, (_, reason) in enumerate(OWN):
-        assert len(found[i]) == 1
-        assert reason in found[i][0]
+            recipe = recipe_for(tmp_path / f"{i}-{fuse}", case, 2, hardware={"fuse": fuse})
+            assert run_world(train_rank, 2, recipe) == [0, 0]
+        found = reasons(tmp_path / f"{i}-8")
+        assert len(found) == 1
+        assert reason in found[0]
         fused, separate = results(tmp_path / f"{i}-8")[1], results(tmp_path / f"{i}-1")[1]
         assert all(torch.equal(t, separate[name]) for name, t in fused.items())
 

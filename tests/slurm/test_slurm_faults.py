@@ -114,7 +114,7 @@ def test_a_run_that_meets_its_time_limit_again_and_again_finishes(
 ) -> None:
     """A minute is the shortest limit there is, and Slurm warns up to half a minute early."""
     calm = recipe_of(tmp_path / "calm", 6000)
-    run = cluster.submit(recipe_of(tmp_path, 6000), "launch.slurm.time=1", "launch.slurm.warn_s=25")
+    run = cluster.submit(recipe_of(tmp_path, 6000), "launch.slurm.time='00:01:00'", "launch.slurm.warn_s=25")
     wait_until(lambda: events(run, "done"), 500, "the run is done")
     train_here(calm, 1)
     check_finished(cluster, run, tensors_of(calm.parent / "run"), 60)
