@@ -98,7 +98,6 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     # --- processes that are ours: a number is only believed with the time at which its process began ---
 
@@ -119,8 +118,6 @@ class Cluster:
             os.kill(pid, signal.SIGKILL)
             _wait(lambda: self.process_of(name) is None, 10, f"{name} does not end")
         (self.folder / f"{name}.process").unlink(missing_ok=True)
-        if name in self._started:
-            self._started.pop(name).wait(10)  # ends with the machine
 
     @property
     def nodes(self) -> list[str]:
@@ -158,7 +155,6 @@ class Cluster:
             start_new_session=True,
             env={"PATH": os.environ["PATH"]},
         )
-        self._started[name] = outer
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
         _wait(lambda: bool(children.read_text().strip()), 10, f"{name} does not start")
         pid = int(children.read_text().split()[0])

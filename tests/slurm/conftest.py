@@ -46,6 +46,12 @@ class TestCluster:
         assert code == 0, said
         return said
 
+    def control(self, *words: str) -> None:
+        """A `local-cluster` command. In a process of its own: what it starts is no child of pytest's."""
+        command = [sys.executable, str(SCRIPT), "--dir", str(self.cluster.folder), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+
     def queue(self) -> list[str]:
         """The states of all jobs that have not ended."""
         return self.say("squeue", "--noheader", "--format=%T")[1].split()
@@ -83,19 +89,15 @@ class TestCluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    """Skips, saying why, where this machine cannot have one. In a process of its own, whose children the
-    cluster's are: none of pytest's.
-    """
+    """Skips, saying why, where this machine cannot have one."""
     if missing():
         pytest.skip(missing())
-    folder = tmp_path_factory.mktemp("cluster") / "state"
-    command = [sys.executable, str(SCRIPT), "--dir", str(folder)]
-    done = subprocess.run([*command, "up", "2"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    made = TestCluster(tmp_path_factory.mktemp("cluster") / "state")
+    made.control("up", "2")
     try:
-        yield TestCluster(folder)
+        yield made
     finally:
-        subprocess.run([*command, "down"], check=True, timeout=60)
+        made.control("down")
 
 
 def wait_until(condition: Callable[[], object], limit_s: float, why: str) -> None:

@@ -146,8 +146,8 @@ def test_a_preempted_job_gives_way_and_goes_on(
 def test_a_node_without_power_costs_time_only(cluster: TestCluster, tmp_path: Path, undisturbed: Any) -> None:
     run = cluster.submit(recipe_of(tmp_path))
     wait_for_event(run, "save")
-    cluster.cluster.off("node2")
+    cluster.control("off", "node2")
     wait_until(lambda: cluster.queue() == ["PENDING"], 90, "Slurm notices")
-    cluster.cluster.boot("node2")
+    cluster.control("boot", "node2")
     wait_for_event(run, "job_start", 2, timeout_s=90)
     check_finished(cluster, run, undisturbed, 90)
