@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.comm import World
-from distdl.engines import Engine, Group, Pass, build_engine
+from distdl.engines import Engine, Group, Pass, build_engine, microstep
 from distdl.keys import seed_everything
 from distdl.models.cnn5 import Cnn5
 from distdl.models.lstm import Recurrent
@@ -84,7 +84,7 @@ class Run:
         for i, m in enumerate(mine):
             groups = (Group(m.number, rows, rows, m.number),)
             this = Pass(groups, m.weight, i == len(mine) - 1, count)
-            self.engine.microstep(self.loss, this, rows * count)
+            microstep(self.engine, self.loss, this, rows * count)
         self.engine.apply(1e-3, self.plan.counts(0))
 
 

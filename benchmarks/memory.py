@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from distdl.capabilities import ENGINES
 from distdl.comm import World
-from distdl.engines import Group, Pass, build_engine
+from distdl.engines import Group, Pass, build_engine, microstep
 from distdl.engines.sizes import model_sizes
 from distdl.keys import seed_everything
 from distdl.memory import predict
@@ -96,8 +96,11 @@ def peak(world: World, engine: str) -> int:
         for i, m in enumerate(mine):
             given = built.place(batch())
             group = Group(m.number, MICRO, MICRO, m.number)
-            built.microstep(
-                lambda module, given=given: loss_sum(module, given), Pass((group,), 1, i == len(mine) - 1), 16
+            microstep(
+                built,
+                lambda module, given=given: loss_sum(module, given),
+                Pass((group,), 1, i == len(mine) - 1),
+                16,
             )
         built.apply(1e-4, plan.counts(step))
     return status("VmHWM") - before

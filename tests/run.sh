@@ -32,10 +32,10 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# What injects faults or counts seconds has the machine to itself; the rest runs on every core.
-alone=(tests/timed tests/faults tests/slurm tests/gpu)
+# What counts seconds has the machine to itself; the rest runs on every core, the longest first.
+alone=(tests/timed tests/gpu tests/faults/test_kill.py)
 failed=0
 .venv/bin/python -m pytest -q --durations=10 -n auto --maxprocesses 8 --dist loadfile "${select[@]}" \
-  tests/multiprocess tests/cli tests/unit || failed=$?
+  tests/faults tests/slurm tests/multiprocess tests/cli tests/unit --ignore=tests/faults/test_kill.py || failed=$?
 .venv/bin/python -m pytest -q --durations=10 "${select[@]}" "${alone[@]}" || failed=$?
 exit "$failed"

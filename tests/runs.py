@@ -10,14 +10,9 @@ from distdl.testing import run_world
 from distdl.topology import Topology
 
 
-def train_rank(world: World, recipe: Recipe) -> int:
-    """One rank of a whole run, the last thing its world does: the run leaves the process group at its end."""
-    import torch.distributed as dist
-
-    from distdl.train.process import Options, train_process
-
-    assert world.size == 1 or dist.is_initialized(), "the run before has left the process group"
-    topology = Topology(
+def topology_of(world: World) -> Topology:
+    """The place of a rank in a world that exists already."""
+    return Topology(
         rank=world.rank,
         world_size=world.size,
         local_rank=world.rank,
@@ -27,7 +22,16 @@ def train_rank(world: World, recipe: Recipe) -> int:
         master_port=1,
         cpus=1,
     )
-    return train_process(recipe, topology, Options())
+
+
+def train_rank(world: World, recipe: Recipe) -> int:
+    """One rank of a whole run, the last thing its world does: the run leaves the process group at its end."""
+    import torch.distributed as dist
+
+    from distdl.train.process import Options, train_process
+
+    assert world.size == 1 or dist.is_initialized(), "the run before has left the process group"
+    return train_process(recipe, topology_of(world), Options())
 
 
 def train_here(recipe: Path, size: int = 2) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-import distdl
 from distdl.checkpoint.folders import child
 from distdl.checkpoint.manifest import Facts, seal, serialise, step_name
 from distdl.checkpoint.read import inspect, verify
 from distdl.checkpoint.store import Store
 from distdl.errors import CheckpointError, Corrupt, Incomplete
 from distdl.testing import faults
+from distdl.version import __version__
 
 
 def stands_already(store: Store, facts: Facts) -> bool:
@@ -85,7 +85,7 @@ def _require_visible(store: Store, attempt: str, step: int, files: Mapping[str, 
 
 
 def _with_versions(facts: Facts) -> Facts:
-    known = {"distdl": distdl.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    known = {"distdl": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return replace(facts, versions={**known, **facts.versions})
 
 

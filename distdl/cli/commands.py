@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from distdl import __version__, errors
+from distdl import errors
 from distdl.cli.ckpt import ckpt_app
 from distdl.cli.data import data_app
 from distdl.cli.slurm import launch_on_slurm, slurm_app
@@ -23,6 +23,7 @@ from distdl.memory import Memory
 from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.topology import Topology, visible_gpus
+from distdl.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

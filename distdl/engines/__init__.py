@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from distdl.comm import World
-from distdl.engines.base import Applied, Engine, Group, Pass
+from distdl.engines.base import Applied, Engine, Forward, Group, Pass, microstep
 
 if TYPE_CHECKING:
     from distdl.plan import Plan
     from distdl.recipe import Recipe
 
-__all__ = ["Applied", "Engine", "Group", "Pass", "build_engine"]
+__all__ = ["Applied", "Engine", "Forward", "Group", "Pass", "build_engine", "microstep"]
 
 _ENGINES = {
     "ddp": "distdl.engines.ddp:DdpEngine",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,30 @@ class Pass:
     microbatches: int = 1
 
 
+class Forward:
+    """A pass that is under way: `module` computes its loss, `backward` takes that, once."""
+
+    def __init__(self, module: nn.Module, autocast: ExitStack, backward: Callable[[Tensor], None]) -> None:
+        self.module = module
+        self._autocast = autocast
+        self._backward = backward
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Add the gradient of the pass. `loss_sum` (scalar) has been computed by `module`."""
+        self._autocast.close()  # what is not to go on in the backward
+        self._backward(loss_sum)
+
+
+@contextmanager
+def forward_of(
+    module: nn.Module, autocast: AbstractContextManager[None], backward: Callable[[Tensor], None]
+) -> Iterator[Forward]:
+    """What an engine's `running` yields: inside `autocast` until `Forward.backward` is called."""
+    with ExitStack() as inside:
+        inside.enter_context(autocast)
+        yield Forward(module, inside, backward)
+
+
 class Engine(Protocol):
     """All ranks call every method in the same order. `setup` comes first."""
 
@@ -71,11 +95,11 @@ class Engine(Protocol):
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch on this engine's device, images in its memory layout."""
 
-    def microstep(self, loss_sum: Callable[[nn.Module], Tensor], this: Pass, total: int) -> Tensor:
-        """Forward and backward of one pass; returns its detached loss sum (scalar, on the device).
+    def running(self, this: Pass, total: int) -> AbstractContextManager[Forward]:
+        """Around forward and backward of one pass, which both have to happen inside.
 
-        Adds the gradient of ``weight * loss_sum / total``, where `total` is the count of the whole step over
-        all ranks. The random streams have been seeded for a pass of one microbatch.
+        `Forward.backward` adds the gradient of ``weight * loss_sum / total``, where `total` is the count of
+        the whole step over all ranks. The random streams have been seeded for a pass of one microbatch.
         """
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
@@ -107,3 +131,11 @@ class Engine(Protocol):
         be read raises CheckpointError on the ranks that read it, and the state is then undefined: other ranks
         may be waiting, so call it inside `alone`.
         """
+
+
+def microstep(engine: Engine, loss_sum: Callable[[nn.Module], Tensor], this: Pass, total: int) -> Tensor:
+    """Forward and backward of one pass; returns its detached loss sum (scalar, on the device)."""
+    with engine.running(this, total) as forward:
+        value = loss_sum(forward.module)
+        forward.backward(value)
+    return value.detach()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distdl.comm import World
 from distdl.comm.exchange import Exchange
-from distdl.engines.base import Applied, Pass
+from distdl.engines.base import Applied, Forward, Pass, forward_of
 from distdl.engines.batchnorm import RunningStatistics, refuse_sync_batchnorm
 from distdl.engines.blocks import recomputable
 from distdl.engines.buffers import UnkeyedBuffers
@@ -110,15 +110,20 @@ class DdpEngine:
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._layout.place(batch)
 
-    def microstep(self, loss_sum: Callable[[nn.Module], Tensor], this: Pass, total: int) -> Tensor:
+    @contextmanager
+    def running(self, this: Pass, total: int) -> Iterator[Forward]:
+        def backward(loss_sum: Tensor) -> None:
+            (loss_sum * (this.weight * self._precision.scale / total)).backward()
+
         self._buffers.note()
-        with self._reducer.passing(this), groups_of(self.module, this):
-            with self._precision.autocast():
-                value = loss_sum(self._reducer.forward)
-            (value * (this.weight * self._precision.scale / total)).backward()
+        with (
+            self._reducer.passing(this),
+            groups_of(self.module, this),
+            forward_of(self._reducer.forward, self._precision.autocast(), backward) as forward,
+        ):
+            yield forward
         self._statistics.pass_done(this)
         self._buffers.check(self._world.size)
-        return value.detach()
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
         # After the reduction every rank knows the same norm, so all of them decide alike. It costs a GPU one

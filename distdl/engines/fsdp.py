@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 
 from distdl.comm import World
-from distdl.engines.base import Applied, Pass
+from distdl.engines.base import Applied, Forward, Pass, forward_of
 from distdl.engines.batchnorm import RunningStatistics, refuse_sync_batchnorm
 from distdl.engines.blocks import RECURRENT, casts_whole, recomputable, sharded_units
 from distdl.engines.buffers import UnkeyedBuffers
@@ -99,15 +99,19 @@ class FsdpEngine:
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._layout.place(batch)
 
-    def microstep(self, loss_sum: Callable[[nn.Module], Tensor], this: Pass, total: int) -> Tensor:
+    @contextmanager
+    def running(self, this: Pass, total: int) -> Iterator[Forward]:
+        def backward(loss_sum: Tensor) -> None:
+            (loss_sum * (this.weight * self._precision.scale / total)).backward()
+
         self._buffers.note()
-        with groups_of(self.module, this):
-            with self._precision.autocast():
-                value = loss_sum(self.module)
-            (value * (this.weight * self._precision.scale / total)).backward()
+        with (
+            groups_of(self.module, this),
+            forward_of(self.module, self._precision.autocast(), backward) as forward,
+        ):
+            yield forward
         self._statistics.pass_done(this)
         self._buffers.check(self._world.size)
-        return value.detach()
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
         self._settle_missing_gradients()

@@ -39,7 +39,7 @@ _BY_FORWARD: dict[Any, Callable[..., Tensor]] = {kind.forward: f for kind, f in 
 
 @contextmanager
 def groups_of(model: nn.Module, this: Pass) -> Iterator[None]:
-    """Around the forward and backward of a pass, in every engine's `microstep`; local, does not block.
+    """Around the forward and backward of a pass, in every engine's `running`; local, does not block.
 
         with groups_of(self.module, this):
             value = loss_sum(...)

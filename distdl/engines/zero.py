@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distdl.comm import World
-from distdl.engines.base import Applied, Pass
+from distdl.engines.base import Applied, Forward, Pass, forward_of
 from distdl.engines.batchnorm import RunningStatistics, refuse_sync_batchnorm
 from distdl.engines.blocks import recomputable
 from distdl.engines.buffers import UnkeyedBuffers
@@ -93,24 +93,29 @@ class ZeroEngine:
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._layout.place(batch)
 
-    def microstep(self, loss_sum: Callable[[nn.Module], Tensor], this: Pass, total: int) -> Tensor:
+    @contextmanager
+    def running(self, this: Pass, total: int) -> Iterator[Forward]:
+        scale = 1.0 if self._stage else self._precision.scale
+
+        def backward(loss_sum: Tensor) -> None:
+            # DeepSpeed averages over the ranks.
+            loss = loss_sum * (this.weight * self._world.size * scale / total)
+            if self._touched:
+                loss = _Touch.apply(loss, *self._touched)
+            self._engine.backward(loss, scale_wrt_gas=False)
+
         self._buffers.note()
         self._engine.set_gradient_accumulation_boundary(this.last)
         if self._stage:
             # DeepSpeed multiplies by it here, and takes it out of the norm and the gradients when it steps.
             self._engine.optimizer.override_loss_scale(self._precision.scale)
-        scale = 1.0 if self._stage else self._precision.scale
-        with groups_of(self.module, this):
-            with self._precision.autocast():
-                value = loss_sum(self._engine)
-            # DeepSpeed averages over the ranks.
-            loss = value * (this.weight * self._world.size * scale / total)
-            if self._touched:
-                loss = _Touch.apply(loss, *self._touched)
-            self._engine.backward(loss, scale_wrt_gas=False)
+        with (
+            groups_of(self.module, this),
+            forward_of(self._engine, self._precision.autocast(), backward) as forward,
+        ):
+            yield forward
         self._statistics.pass_done(this)
         self._buffers.check(self._world.size)
-        return value.detach()
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
         self._order.check(self._world)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from distdl import __version__
 from distdl.errors import EnvironmentProblem
 from distdl.launch.address import connect, interface_towards, is_a_trap, listen, resolve
 from distdl.launch.peers import Peers
 from distdl.launch.place import Place
 from distdl.launch.relay import Alone, Hub, Link
 from distdl.recipe import Recipe, recipe_hash
+from distdl.version import __version__
 
 _SAY_AFTER_S = 5.0
 

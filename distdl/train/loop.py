@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distdl import errors
 from distdl.comm.together import alone
-from distdl.engines import Applied
+from distdl.engines import Applied, microstep
 from distdl.keys import seed_everything
 from distdl.record import append_line, put_row
 from distdl.tasks import Batch
@@ -30,19 +30,25 @@ def fit(s: Session) -> int:
     DONE when finished; STOPPED (all saved) or STOPPED_BEFORE_START (nothing to save) on request. Raises
     Diverged, DataError, CheckpointError on all ranks together.
     """
-    while True:
-        if s.evaluation_due and not evaluate_and_note(s):
-            return stop_here(s)
-        if s.save_due:
-            write_checkpoint(s)
-        if s.finished:
-            return finish(s)
-        batch = s.next_batch()
-        if batch is None:
-            return stop_here(s)
-        if batch.all_written:
-            commit(s)
+    while not isinstance(batch := next_step(s), int):
         train_step(s, batch)
+    return batch
+
+
+def next_step(s: Session) -> StepBatch | int:
+    """Collective. What a step boundary has to do, then the step to be made, or the exit code of the run."""
+    if s.evaluation_due and not evaluate_and_note(s):
+        return stop_here(s)
+    if s.save_due:
+        write_checkpoint(s)
+    if s.finished:
+        return finish(s)
+    batch = s.next_batch()
+    if batch is None:
+        return stop_here(s)
+    if batch.all_written:
+        commit(s)
+    return batch
 
 
 def finish(s: Session) -> int:
@@ -60,10 +66,7 @@ def finish(s: Session) -> int:
 
 def train_step(s: Session, batch: StepBatch) -> None:
     """Collective. One step of the whole world: microbatches, reduction, update, log."""
-    flush_row(s)
-    step, lr = s.state.step, learning_rate(s.recipe, s.plan, s.state.updates)
-    s.beat("step")
-    point("train.step", step)
+    begin_step(s)
     losses: list[tuple[Tensor, int]] = []
     if batch.total:
         passes = passes_of(s, batch.micros, apart=batch.apart)
@@ -71,13 +74,27 @@ def train_step(s: Session, batch: StepBatch) -> None:
             tensors, this = joined(s, micros, last=i == len(passes) - 1)
             seed_everything(this.groups[0].key)
             with alone():  # its own data, its own streams: no other rank need fail with it
-                loss = s.engine.microstep(loss_of(s, micros[0], tensors), this, batch.total)
+                loss = microstep(s.engine, loss_of(s, micros[0], tensors), this, batch.total)
             if this.weight:
                 losses.append((loss, len(micros)))
         s.fusing.passes_done()
-        applied = s.engine.apply(lr, s.plan.counts(step))
-    else:
-        applied = Applied(False, 0.0)  # nothing counted in this step: no gradient, no update
+    end_step(s, batch, losses)
+
+
+def begin_step(s: Session) -> None:
+    """Local. Before the first microbatch of a step."""
+    flush_row(s)
+    s.beat("step")
+    point("train.step", s.state.step)
+
+
+def end_step(s: Session, batch: StepBatch, losses: list[tuple[Tensor, int]]) -> None:
+    """Collective. Reduce, update and log. `losses`: of each pass of this rank the loss sum and how many
+    microbatches it held.
+    """
+    step, lr = s.state.step, learning_rate(s.recipe, s.plan, s.state.updates)
+    # Where nothing counted in this step there is no gradient, and no update.
+    applied = s.engine.apply(lr, s.plan.counts(step)) if batch.total else Applied(False, 0.0)
     norm = applied.grad_norm
     s.state.step += 1
     s.state.samples += s.plan.step_size(step)

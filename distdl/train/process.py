@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from distdl import errors
 from distdl.checkpoint.folders import name_of, shown
@@ -52,32 +52,36 @@ def train_process(recipe: Recipe, topology: Topology, options: Options) -> int:
     stop = StopFlag()
     stop.install(alone=topology.launcher == "none")
     faults.arm_from_environment(topology.rank)
-    directory = RunDirectory.of(recipe)
-    where = f"[rank {topology.rank}/{topology.world_size} on {socket.gethostname()}] "
     try:
-        code = _train(recipe, topology, options, directory, stop)
-    except PeerFailed as error:
-        _crash(error, directory, topology, where)
-    except Stopped:
-        # Before the first step of this attempt; later, ranks agree at a boundary.
-        code = code_of_a_stop(directory)
-        if topology.rank == 0:
-            directory.event("stop", rank=0, signal=stop.signal, saved=code == errors.STOPPED)
-    except DistdlError as error:
-        if topology.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-            with contextlib.suppress(OSError):
-                if directory.path.is_dir() and error.exit_code != errors.ENVIRONMENT:
-                    directory.event("error", rank=0, exit_code=error.exit_code, message=str(error))
-        code = error.exit_code
+        code = _run(*open_here(recipe, topology, options, stop))
     except Exception as error:
-        _crash(error, directory, topology, where)
+        code = code_of(error, recipe, topology, stop)
     leave()
     return code
 
 
-def _crash(error: Exception, directory: RunDirectory, topology: Topology, where: str) -> None:
+def code_of(error: Exception, recipe: Recipe, topology: Topology, stop: StopFlag) -> int:
+    """Report what ended a run on this rank; returns its exit code. A crash does not return: see `crash`."""
+    directory = RunDirectory.of(recipe)
+    if isinstance(error, PeerFailed) or not isinstance(error, DistdlError):
+        crash(error, directory, topology)
+    if isinstance(error, Stopped):
+        # Before the first step of this attempt; later, ranks agree at a boundary.
+        code = code_of_a_stop(directory)
+        if topology.rank == 0:
+            directory.event("stop", rank=0, signal=stop.signal, saved=code == errors.STOPPED)
+        return code
+    if topology.rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        with contextlib.suppress(OSError):
+            if directory.path.is_dir() and error.exit_code != errors.ENVIRONMENT:
+                directory.event("error", rank=0, exit_code=error.exit_code, message=str(error))
+    return error.exit_code
+
+
+def crash(error: Exception, directory: RunDirectory, topology: Topology) -> NoReturn:
     """Leave a report and end this process at once. No collective: the other ranks may be gone."""
+    where = f"[rank {topology.rank}/{topology.world_size} on {socket.gethostname()}] "
     if is_consequence(error):
         # The rank that died is the cause; a survivor's traceback in front of it would mislead.
         story = f"{type(error).__name__}: another rank is gone\n"
@@ -91,9 +95,11 @@ def _crash(error: Exception, directory: RunDirectory, topology: Topology, where:
     os._exit(errors.RANK_FAILED)
 
 
-def _train(
-    recipe: Recipe, topology: Topology, options: Options, directory: RunDirectory, stop: StopFlag
-) -> int:
+def open_here(
+    recipe: Recipe, topology: Topology, options: Options, stop: StopFlag
+) -> tuple[Session, Resumed]:
+    """Collective. Enter the world, make the run directory, open the session. Raises on all ranks together."""
+    directory = RunDirectory.of(recipe)
     notices = Notices(topology.rank, directory)
     access = access_of(recipe, notices, lambda: stop.requested)
     world, plan, _ = enter_world(recipe, topology, access)
@@ -105,22 +111,22 @@ def _train(
         opening, allow_changed=options.allow_changed, terminal=options.terminal, quiet=not world.is_main
     )
     faults.point("start.loaded")
-    return _run(session, resumed)
+    return session, resumed
 
 
-def _run(s: Session, resumed: Resumed) -> int:
+def announce_start(s: Session, resumed: Resumed) -> None:
+    """Say, and write down, where the run goes on, and what is not as it was."""
     for name, reason in resumed.damaged:
         s.console.say(f"damaged checkpoint passed over: {name}: {reason}")
         s.event("damaged_checkpoint", path=name, reason=reason)
     for note in resumed.notes:
         s.console.say(note)
         s.event("damaged_copy", reason=note)
-    already = s.finished and not s.evaluation_due
     memory = {"in_memory": True} if resumed.in_memory else {}
     s.event("start", world_size=s.world.size, resumed_from=resumed.path and name_of(resumed.path), **memory)
     if resumed.path:
         which = f"{shown(resumed.path)}{' (from memory)' if resumed.in_memory else ''}"
-        s.console.say(f"{'finished already' if already else 'resuming'}: {which}")
+        s.console.say(f"{'finished already' if finished_already(s) else 'resuming'}: {which}")
     if resumed.changed:
         s.console.say(
             f"the recipe changed; going on at step {s.state.step}, which is sample "
@@ -134,6 +140,16 @@ def _run(s: Session, resumed: Resumed) -> int:
             f"{'; '.join(resumed.arithmetic)} (checkpoint -> now)"
         )
         s.event("arithmetic_changed", changes=list(resumed.arithmetic))
+
+
+def finished_already(s: Session) -> bool:
+    """Of a session that has just been opened: nothing is left to do."""
+    return s.finished and not s.evaluation_due
+
+
+def _run(s: Session, resumed: Resumed) -> int:
+    announce_start(s, resumed)
+    already = finished_already(s)
     try:
         code = _fit(s)
         if code == errors.DONE and not already:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from distdl import __version__
 from distdl.checkpoint.read import step_directories
 from distdl.checkpoint.store import store_at
 from distdl.comm import World, share_problem, together
@@ -46,6 +45,7 @@ from distdl.train.session import Session, evaluation_due
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
 from distdl.train.warm_start import WarmStart, warm_start
+from distdl.version import __version__
 
 if TYPE_CHECKING:
     from distdl.data.stream.remote_rows import Access

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from distdl.comm import World
 from distdl.data import Full
-from distdl.engines import Engine, Group, Pass, build_engine
+from distdl.engines import Engine, Group, Pass, build_engine, microstep
 from distdl.keys import key, seed_everything
 from distdl.models.lstm import Recurrent
 from distdl.pieces import InMemory
@@ -249,7 +249,8 @@ class Driven:
             seed_everything(seed)
             placed = self.engine.place(batch)
             scale = factor if self.world.rank == self.world.size - 1 else 1.0
-            loss_sum = self.engine.microstep(
+            loss_sum = microstep(
+                self.engine,
                 lambda model, placed=placed, scale=scale: self.case.loss_sum(model, placed) * scale,
                 Pass((group,), m.weight, i == len(mine) - 1, sum(self.plan.counts(step))),
                 total,

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distdl.comm import World
-from distdl.engines import Applied, Engine, Group, Pass, build_engine
+from distdl.engines import Applied, Engine, Group, Pass, build_engine, microstep
 from distdl.errors import EngineError
 from distdl.keys import key, seed_everything
 from distdl.pieces import InMemory
@@ -185,7 +185,8 @@ class Driver:
             factor = spoil if m.number == last else 1.0
             group = Group(m.number, m.stop - m.start, m.stop - m.start, seed)
             this = Pass((group,), m.weight, i == len(runs) - 1)
-            self.engine.microstep(lambda model, b=batch, f=factor: loss_sum(model, b) * f, this, total)
+            loss = lambda model, b=batch, f=factor: loss_sum(model, b) * f  # noqa: E731
+            microstep(self.engine, loss, this, total)
         applied = self.engine.apply(lr, self.plan.counts(self.step))
         self.step += 1
         return applied

@@ -20,6 +20,7 @@ from distdl import errors
 from distdl.checkpoint.manifest import step_name
 from distdl.comm import World
 from distdl.data import describe_data
+from distdl.errors import RecipeError
 from distdl.keys import key, seed_everything
 from distdl.models import model_factory
 from distdl.observe.plan_table import plan_rows
@@ -28,10 +29,11 @@ from distdl.recipe import Recipe, parse_recipe
 from distdl.testing import assert_same_bits, run_world
 from distdl.testing.parity import relative_error
 from distdl.topology import Topology
+from distdl.train.own_loop import Run
 from distdl.train.process import Options, train_process
 from tests.multiprocess.sequences import make
 from tests.multiprocess.test_parity import results
-from tests.runs import train_rank
+from tests.runs import topology_of, train_rank
 
 VOCABULARY, LENGTH, LANES, MICRO = 30, 7, 6, 2
 TOKENS = {"train": 275, "test": 60}
@@ -163,3 +165,13 @@ def test_the_plan_says_what_is_left_out(text: Path, tmp_path: Path) -> None:
     assert plan.eval_rows == 3
     assert plan_rows(plan)["dropped"] == "4 rows an epoch (as many in each lane)"
     assert plan.fuse == 1
+
+
+def test_a_loop_of_ones_own_cannot_hand_state_on_and_is_told_so(text: Path, tmp_path: Path) -> None:
+    assert "hands state from window to window" in run_world(refused, 1, recipe_for(text, tmp_path))[0]
+
+
+def refused(world: World, recipe: Recipe) -> str:
+    with pytest.raises(RecipeError) as caught:
+        Run(recipe, topology_of(world), Options())
+    return str(caught.value)

@@ -58,7 +58,7 @@ class TestCluster:
 
     def workers(self, node: str) -> list[str]:
         """The process ids of the ranks on a node: forked from its fork server, and named like it."""
-        _, said = self.say("ps", "-e", "-o", "pid=", "-o", "ppid=", "-o", "args=", on=node)
+        _, said = self.say("ps", "-eww", "-o", "pid=", "-o", "ppid=", "-o", "args=", on=node)
         rows = [line.split(None, 2) for line in said.splitlines()]
         forked = {pid: parent for pid, parent, command in rows if "multiprocessing.forkserver" in command}
         return [pid for pid, parent in forked.items() if parent in forked]

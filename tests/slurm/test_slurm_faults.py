@@ -20,11 +20,11 @@ from tests.slurm.conftest import ROOT, TestCluster, wait_until
 pytestmark = pytest.mark.slow
 
 
-def recipe_of(folder: Path, steps: int = 300) -> Path:
+def recipe_of(folder: Path, steps: int = 300, seed: int | None = None) -> Path:
     return write_recipe(
         folder,
         batch={"global": 16, "micro": 8},
-        train={"max_steps": steps, "reduction": "exact"},
+        train={"max_steps": steps, "reduction": "exact"} | ({} if seed is None else {"seed": seed}),
         eval={"every_steps": 1_000_000},
         launch={"timeout_s": 60.0},
     )
@@ -151,3 +151,28 @@ def test_a_node_without_power_costs_time_only(cluster: TestCluster, tmp_path: Pa
     cluster.control("boot", "node2")
     wait_for_event(run, "job_start", 2, timeout_s=90)
     check_finished(cluster, run, undisturbed, 90)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+def test_of_an_array_of_seeds_only_the_tasks_that_were_preempted_restart(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
+    options = ["--on", "slurm", "--nodes", "1", "--procs", "1"]
+    keys = ["launch.slurm.cpus=1", "launch.slurm.array=1-6"]
+    cluster.distdl("launch", str(recipe_of(tmp_path, 600)), *options, *keys)
+    runs = {task: tmp_path / "run" / f"task-{task}" for task in range(1, 7)}
+    for run in runs.values():
+        wait_for_event(run, "save", timeout_s=120)
+    said = cluster.say("squeue", "--noheader", "--array", "--format=%K %N")[1]
+    places = {int(task): node for task, node in (line.split() for line in said.splitlines())}
+    preempted = {task for task, node in places.items() if node == "node2"}
+    assert len(preempted) == 2, said  # Slurm fills node1 first, with four
+    code, said = cluster.say("srun", "--partition=high", "--nodelist=node2", "--exclusive", "hostname")
+    assert code == 0, said
+    for task, run in runs.items():
+        wait_until(lambda run=run: events(run, "done"), 240, f"task {task} is done")  # type: ignore[misc]
+        assert restarts(run) == ([0, 1] if task in preempted else [0])
+        calm = recipe_of(tmp_path / f"calm{task}", 600, seed=task)
+        train_here(calm, 1)
+        check_finished(cluster, run, tensors_of(calm.parent / "run"), 60)

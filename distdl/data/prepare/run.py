@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from distdl import __version__
 from distdl.data.catalogue import CATALOGUE
 from distdl.data.index import INDEX_FILE, Index, hash_file, read_index
 from distdl.data.prepare.building import Building, building, check_free, check_room, disk_errors
@@ -26,6 +25,7 @@ from distdl.data.prepare.sources import Found, find, materialise
 from distdl.data.prepare.tokenize import tokenizer_file
 from distdl.errors import DistdlError
 from distdl.testing.faults import point
+from distdl.version import __version__
 
 Progress = Callable[[int, int], None]
 """Told how many rows are done, and how many there are."""

@@ -1,0 +1,225 @@
+"""`open_run`: a run whose loop is the user's own. Data, engine, checkpoints, stops are those of any run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distdl import errors
+from distdl.comm.world import leave
+from distdl.engines import Engine, Forward
+from distdl.errors import RecipeError
+from distdl.keys import seed_everything
+from distdl.lifeline import die_with_parent
+from distdl.observe.failure import report_failure
+from distdl.observe.summary import show_summary
+from distdl.plan import Plan
+from distdl.recipe import Recipe, load_recipe
+from distdl.tasks import Batch
+from distdl.testing import faults
+from distdl.topology import Topology
+from distdl.train.fusing import joined
+from distdl.train.loop import begin_step, end_step, next_step
+from distdl.train.process import (
+    Options,
+    announce_start,
+    code_of,
+    exit_code_for,
+    finished_already,
+    open_here,
+)
+from distdl.train.session import Session, StepBatch
+from distdl.train.stop import StopFlag
+
+
+class Model:
+    """The run's model, to be called inside `Step.microbatches`; attributes are your module's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._forward: nn.Module | None = None
+        self._called = False
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if self._forward is None:
+            raise RuntimeError(
+                "run.model is called inside `for batch in step.microbatches():`; elsewhere use what "
+                "`with run.evaluating() as model:` gives"
+            )
+        self._called = True
+        return self._forward(*args, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine.module, name)
+
+
+class Step:
+    """One step of the whole world, from `Run.steps`."""
+
+    def __init__(self, session: Session, model: Model, batch: StepBatch) -> None:
+        self._s, self._model, self._batch = session, model, batch
+        self._forward: Forward | None = None
+        self._left = len(batch.micros) if batch.total else 0
+        self._losses: list[tuple[Tensor, int]] = []
+        self._applied = False
+        self.number = session.state.step
+        """Counts from 0 over the whole run, whatever was resumed."""
+
+    def microbatches(self) -> Iterator[Batch]:
+        """This rank's microbatches, as the task's `collate` made them, on the device.
+
+        Each is gone through to `backward` before the next. torch's random streams are set for each.
+        """
+        s, batch = self._s, self._batch
+        begin_step(s)
+        for i in range(self._left):
+            micro = batch.micros[i]
+            tensors, this = joined(s, [micro], last=i == len(batch.micros) - 1)
+            seed_everything(this.groups[0].key)
+            with s.engine.running(this, batch.total) as self._forward:
+                self._model._forward, self._model._called = self._forward.module, False
+                self._count, self._weight = micro.count, micro.weight
+                yield tensors
+                self._model._forward = None
+                if self._waiting():
+                    raise RuntimeError("a microbatch has had no step.backward(loss_sum, count)")
+            self._left -= 1
+
+    def _waiting(self) -> bool:
+        return self._forward is not None
+
+    def backward(self, loss_sum: Tensor, count: int) -> None:
+        """Add the gradient of a microbatch. `loss_sum` (scalar): the SUM of the loss over `count` samples,
+        pixels or tokens. distdl divides by the count of the whole step, so no microbatch weighs too much.
+
+        Raises ValueError where `count` is not what the task of the recipe counts of it: the count of the
+        step is known on all ranks before it begins.
+        """
+        forward, self._forward = self._forward, None
+        if forward is None:
+            raise RuntimeError("step.backward is called once in each microbatch")
+        if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1 or not loss_sum.requires_grad:
+            raise ValueError(f"step.backward: expected one number with a gradient, not {loss_sum!r}")
+        if count != self._count:
+            raise ValueError(
+                f"step.backward: {count} counted, and the recipe's task counts {self._count} of this "
+                "microbatch. Sum the loss over those, or give the recipe a task whose `count` is yours"
+            )
+        if not self._model._called:
+            raise RuntimeError(
+                "the loss was computed without run.model(...): ranks would not share gradients"
+            )
+        forward.backward(loss_sum)
+        if self._weight:
+            self._losses.append((loss_sum.detach(), 1))
+
+    def apply(self) -> None:
+        """Collective. Sum the gradients over all ranks, clip, update, log. Blocks until all ranks have."""
+        if self._left:
+            raise RuntimeError(f"step.apply before {self._left} microbatches of this rank were gone through")
+        if self._applied:
+            raise RuntimeError("step.apply is called once in a step")
+        self._applied = True
+        end_step(self._s, self._batch, self._losses)
+
+
+class Run:
+    """An open run; all ranks hold one. See `distdl.open_run`."""
+
+    def __init__(self, recipe: Recipe, topology: Topology, options: Options) -> None:
+        self._stop, self._topology = StopFlag(), topology
+        self._stop.install(alone=topology.launcher == "none")
+        faults.arm_from_environment(topology.rank)
+        self._s, resumed = open_here(recipe, topology, options, self._stop)
+        self.recipe: Recipe = recipe
+        self.plan: Plan = self._s.plan
+        self.model = Model(self._s.engine)
+        if self._s.carry is not None:
+            self._s.close()
+            raise RecipeError(
+                f"task.name = {recipe.task.name!r} hands state from window to window, which a loop of your "
+                "own cannot: use `distdl train`, or a task that does not"
+            )
+        announce_start(self._s, resumed)
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return self._s.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self._s.world.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the batches are."""
+        return self._s.engine.device
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest evaluation of this process's attempt; empty before there was one."""
+        return self._s.metrics
+
+    def steps(self) -> Iterator[Step]:
+        """Collective. The steps that are left, from where the newest checkpoint stands.
+
+        Between them the run evaluates, saves and logs as its recipe says. Raises SystemExit where it was
+        asked to stop, everything saved, so that nothing after the loop takes it for finished.
+        """
+        s, already = self._s, finished_already(self._s)
+        while not isinstance(batch := next_step(s), int):
+            step = Step(s, self.model, batch)
+            yield step
+            if not step._applied:
+                raise RuntimeError("a step has had no step.apply()")
+        if batch != errors.DONE:
+            raise SystemExit(exit_code_for(self._topology, batch))
+        if not already:
+            s.event("done", **s.results())
+        s.console.close()
+        if s.world.is_main:
+            show_summary(s.directory)
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """Collective. The model in evaluation mode, with averaged weights where the recipe keeps them."""
+        return self._s.engine.evaluating()
+
+    def close(self) -> None:
+        """End what runs in the background, and leave the other ranks. May be called again."""
+        self._s.close()
+        leave()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Where something was raised on one rank of several, that rank ends at once with a report, as in
+        `distdl train`: the others wait for it in vain otherwise.
+        """
+        if isinstance(error, Exception):
+            if self.world_size > 1:
+                code = code_of(error, self.recipe, self._topology, self._stop)
+                self.close()
+                raise SystemExit(exit_code_for(self._topology, code)) from error
+            report_failure(self._s.directory, self.rank, error)
+        self.close()
+
+
+def open_run(
+    config: str | os.PathLike[str], overrides: Sequence[str] = (), *, allow_changed: bool = False
+) -> Run:
+    """See `distdl.open_run`."""
+    recipe, topology = load_recipe(config, list(overrides)), Topology.from_env(os.environ)
+    if topology.launcher == "torchrun":
+        die_with_parent(init_is_fine=True)
+    return Run(recipe, topology, Options(allow_changed=allow_changed))
