@@ -1,4 +1,7 @@
-"""`distdl ckpt ...`: look at, check, compare, convert and clear away checkpoints. `ls` imports no torch."""
+"""`distdl ckpt ...`: look at, check, compare, convert and clear away checkpoints. `ls` imports no torch.
+
+What reads checkpoints is imported inside the commands, so that the others do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
 from distdl import errors
-from distdl.checkpoint.convert.locate import checkpoints_of, find_checkpoint, is_one
-from distdl.checkpoint.convert.overview import Row, overview, removable
-from distdl.checkpoint.folders import Place, shown
-from distdl.checkpoint.read import step_directories, verify
 from distdl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from distdl.checkpoint.convert.overview import Row
+    from distdl.checkpoint.folders import Place
 
 ckpt_app = typer.Typer(
     no_args_is_help=True, help="Look at, check, compare, convert and clear away checkpoints."
@@ -46,6 +49,10 @@ NewCkpt = Annotated[
 @ckpt_app.command("ls")
 def ls_command(run: Run, as_json: AsJson = False) -> int:
     """List a run's checkpoints, newest first. Sizes are compared, no hashes: `verify` does that."""
+    from distdl.checkpoint.convert.locate import checkpoints_of
+    from distdl.checkpoint.convert.overview import overview
+    from distdl.checkpoint.folders import shown
+
     folder = checkpoints_of(run)
     rows = overview(folder)
     if as_json:
@@ -65,6 +72,8 @@ def show_command(
 ) -> int:
     """Print what a checkpoint holds: every tensor with its type, shape and norm."""
     from distdl.checkpoint.convert.compare import describe
+    from distdl.checkpoint.convert.locate import find_checkpoint
+    from distdl.checkpoint.folders import shown
     from distdl.checkpoint.open import open_checkpoint
 
     found = open_checkpoint(find_checkpoint(checkpoint))
@@ -99,6 +108,9 @@ def verify_command(checkpoints: Ckpts, as_json: AsJson = False) -> int:
 
     Of a RUN all checkpoints are verified, not the newest alone.
     """
+    from distdl.checkpoint.folders import shown
+    from distdl.checkpoint.read import verify
+
     verdicts: dict[str, str] = {}
     for place in (place for text in checkpoints for place in _all_of(text)):
         try:
@@ -118,6 +130,8 @@ def verify_command(checkpoints: Ckpts, as_json: AsJson = False) -> int:
 def diff_command(before: Ckpt, after: Ckpt, as_json: AsJson = False) -> int:
     """Print in what two checkpoints differ: keys of the recipe, tensors, largest absolute differences."""
     from distdl.checkpoint.convert.compare import compare
+    from distdl.checkpoint.convert.locate import find_checkpoint
+    from distdl.checkpoint.folders import shown
     from distdl.checkpoint.open import open_checkpoint
     from distdl.recipe import differences
 
@@ -207,6 +221,8 @@ def prune_command(
     as_json: AsJson = False,
 ) -> int:
     """Remove checkpoints that section checkpoint would not keep. Refused while the run is active."""
+    from distdl.checkpoint.convert.overview import removable
+
     asked = {
         "last": keep,
         "best": keep_best,
@@ -224,6 +240,9 @@ def prune_command(
 
 def _all_of(text: str) -> list[Place]:
     """The one checkpoint that is named, or all of a run's."""
+    from distdl.checkpoint.convert.locate import checkpoints_of, find_checkpoint, is_one
+    from distdl.checkpoint.read import step_directories
+
     if is_one(text):
         return [find_checkpoint(text)]
     places = step_directories(checkpoints_of(text))

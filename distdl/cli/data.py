@@ -1,4 +1,6 @@
-"""`distdl data ...`: prepare, look at, check and copy datasets. Imports no torch."""
+"""`distdl data ...`: prepare, look at, check and copy datasets. Imports no torch, and what reads data inside
+the commands, so that the others do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distdl import errors
-from distdl.data.prepare.inspect import head, summary, summary_lines, unchecked, verify
-from distdl.data.prepare.options import MAX_SHARD_BYTES, Options
-from distdl.data.prepare.run import prepare
-from distdl.data.prepare.stage import stage
 from distdl.testing.faults import arm_from_environment
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare, look at, check and copy datasets.")
@@ -40,9 +38,7 @@ def prepare_command(
     local: Annotated[_Path, typer.Option("--from", help="Read these files instead of the hub's.")] = None,
     config: Annotated[_Text, typer.Option(help="Configuration of a dataset on the hub.")] = None,
     shards: Annotated[_Number, typer.Option(min=1, help="Shards of the largest split.")] = None,
-    max_shard_bytes: Annotated[
-        int, typer.Option(min=1, help="About how large a shard is.")
-    ] = MAX_SHARD_BYTES,
+    max_shard_bytes: Annotated[int, typer.Option(min=1, help="About how large a shard is.")] = 256 * 2**20,
     columns: Annotated[_Text, typer.Option(help="Columns to keep: a,b,c.")] = None,
     rename: Annotated[_Texts, typer.Option(help="old=new; repeatable.")] = None,
     image_size: Annotated[_Text, typer.Option(help="Resize images: N or HxW pixels.")] = None,
@@ -63,6 +59,10 @@ def prepare_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared dataset.")] = False,
 ) -> int:
     """Turn a dataset into memory-mappable shards with an index. Run again after a kill, it goes on."""
+    from distdl.data.prepare.inspect import summary, summary_lines
+    from distdl.data.prepare.options import Options
+    from distdl.data.prepare.run import prepare
+
     arm_from_environment(0)
     options = Options(
         config=config,
@@ -91,6 +91,8 @@ def prepare_command(
 @data_app.command("info")
 def info_command(folder: Folder, as_json: AsJson = False) -> int:
     """Rows, columns, shards, bytes and lengths, from the index alone."""
+    from distdl.data.prepare.inspect import summary, summary_lines
+
     found = summary(folder)
     _print([json.dumps(found, indent=2)] if as_json else summary_lines(found))
     return errors.DONE
@@ -99,6 +101,8 @@ def info_command(folder: Folder, as_json: AsJson = False) -> int:
 @data_app.command("verify")
 def verify_command(folder: Folder) -> int:
     """Read every byte and compare it with the index; lists all that is wrong and ends with 5."""
+    from distdl.data.prepare.inspect import unchecked, verify
+
     index = verify(folder)
     files = len(list(index.files()))
     rows = sum(s.rows for s in index.splits.values())
@@ -116,6 +120,8 @@ def head_command(
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
 ) -> int:
     """Print the first rows of a split."""
+    from distdl.data.prepare.inspect import head
+
     _print(head(folder, split, rows))
     return errors.DONE
 
@@ -128,6 +134,8 @@ def stage_command(
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share the shards out.")] = 1,
 ) -> int:
     """Copy a dataset to this node's disk, once, every file checked."""
+    from distdl.data.prepare.stage import stage
+
     arm_from_environment(0)
     with Bar("bytes") as bar:
         stage(folder, to, node, nodes, progress=bar, say=bar.say)
