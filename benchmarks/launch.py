@@ -2,9 +2,10 @@
 
     python benchmarks/launch.py [--rounds 7]
 
-The script under torchrun is written by hand, with the same imports, network and batch, and plain DDP. The others
-start the recipe. The clock begins when the command is started, and ends when rank 0 has made its first step.
-What is printed is the median of each, and the median over the rounds of its ratio to the script's.
+The script under torchrun is written by hand: the same imports, network and batch, and plain DDP. The
+others start the recipe. The clock begins when the command is started, and ends when rank 0 has made its
+first step. What is printed is the median of each, and the median over the rounds of its ratio to the
+script's.
 
 Then how long `distdl --help` and `distdl plan` take, which import no torch.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,3 +177,33 @@ def test_of_an_array_of_seeds_only_the_tasks_that_were_preempted_restart(
         calm = recipe_of(tmp_path / f"calm{task}", 600, seed=task)
         train_here(calm, 1)
         check_finished(cluster, run, tensors_of(calm.parent / "run"), 60)
+
+
+@pytest.mark.campaign
+def test_a_link_cut_for_five_seconds_costs_five_seconds(
+    cluster: TestCluster, tmp_path: Path, undisturbed: Any
+) -> None:
+    run = cluster.submit(recipe_of(tmp_path))
+    wait_for_event(run, "save")
+    cluster.control("link", "node2", "down")
+    select.select([], [], [], 5)
+    cluster.control("link", "node2", "up")
+    check_finished(cluster, run, undisturbed, 90)
+    assert restarts(run) == [0]
+    assert len(events(run, "start")) == 1
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(300)
+def test_a_link_that_stays_cut_is_named_and_the_run_goes_on_once_it_is_mended(
+    cluster: TestCluster, tmp_path: Path, undisturbed: Any
+) -> None:
+    run = cluster.submit(recipe_of(tmp_path), "launch.timeout_s=5")
+    wait_for_event(run, "save")
+    cluster.control("link", "node2", "down")
+    wait_until(lambda: cluster.queue() == ["PENDING"], 120, "the run ends and waits for the node")
+    log = "".join(path.read_text() for path in sorted((run / "slurm").glob("*.log")))
+    cluster.control("link", "node2", "up")
+    wait_for_event(run, "job_start", 2, timeout_s=120)
+    check_finished(cluster, run, undisturbed, 120)
+    assert "node2" in log
