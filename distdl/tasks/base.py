@@ -82,9 +82,13 @@ class Predicting(Protocol):
     recent: bool
     """May be left out. Whether of series that are longer than the model reads the last steps are taken."""
 
+    def collate_inputs(self, rows: Rows) -> Batch:
+        """May be left out. What `predict` is given, where that is not what `collate` makes of rows."""
+
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """One object for each row of the batch, in order; a class by its name, values in the units of the
-        data. Gradients are off and the model is in evaluation mode; draws nothing at random.
+        data, a class for each pixel as a uint8 array [H, W], which is written as a PNG. Gradients are off and
+        the model is in evaluation mode; draws nothing at random.
         """
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distdl.errors import DataError, RecipeError
 from distdl.samples import DataInfo
 from distdl.tasks import centres, coco
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.pictures import Pictures, image_column
 
 
@@ -22,7 +22,8 @@ class Detection:
     Boxes [k, 4] are floats: left, top, right, bottom, in pixels; classes [k] are integers from 0.
 
     Pixels 0..255 become floats in [-1, 1]. The model gives [N, num_classes + 4, H / 4, W / 4] as described in
-    `distdl.models.centernet`. What the loss is a mean over is objects, as in the paper.
+    `distdl.models.centernet`. What the loss is a mean over is objects, as in the paper. Predictions leave out
+    what has a score below `min_score`; average precision takes all.
     """
 
     image_field: str | None = None  # an augmentation would move the image and not its boxes
@@ -37,11 +38,14 @@ class Detection:
         classes: str = "classes",
         max_objects: int = 128,
         max_detections: int = 100,
+        min_score: float = 0.3,
     ) -> None:
         coco.require()
         self._make_model = make_model
         self._num_classes, self._most_objects, self._most_found = num_classes, max_objects, max_detections
         self._image, self._boxes, self._classes = image, boxes, classes
+        self._min_score = min_score
+        self.inputs = (image,)
         self._pictures = Pictures(image_column(data_info, image, "detection"))
         found, labels = data_info.fields[boxes], data_info.fields[classes]
         if found.shape != (None, 4) or "float" not in found.dtype:
@@ -96,6 +100,28 @@ class Detection:
             sized = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
             there.append({"boxes": sized.tolist(), "classes": classes[real].tolist()})
         return [list(pair) for pair in zip(found, there, strict=True)]
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """`objects`, best first: `box` (left, top, right, bottom, in pixels), `class` and `score`."""
+        found = centres.detections(self._output(model, batch), self._num_classes, self._most_found)
+        return [{"objects": self._objects(one)} for one in found]
+
+    def _objects(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"box": [x, y, round(x + w, 3), round(y + h, 3)], "class": label, "score": score}
+            for (x, y, w, h), label, score in zip(
+                found["boxes"], found["classes"], found["scores"], strict=True
+            )
+            if score >= self._min_score
+        ]
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        axes.imshow(row[self._image], cmap="gray")
+        for one in prediction["objects"]:
+            left, top, right, bottom = one["box"]
+            axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top])
+            axes.text(left, top, f"{one['class']} {one['score']:.2f}")
+        axes.set_axis_off()
 
     def metrics(self, found: list[Any]) -> dict[str, float]:
         """`map` (IoU 0.50 to 0.95), `map_50` and `map_75`."""

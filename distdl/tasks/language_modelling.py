@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.samples import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.columns import words
 from distdl.tasks.tokens import token_columns, vocabulary_of
 
@@ -29,13 +29,18 @@ class LanguageModelling:
     with zeros, as each evaluation row does.
 
     The model is called with tokens [N, T] (int64), with or without the state that it returned beside the
-    logits [N, T, vocabulary]: a dict of [N, ...] tensors whose `state_shapes` it knows.
+    logits [N, T, vocabulary]: a dict of [N, ...] tensors whose `state_shapes` it knows. `continuation` is how
+    many tokens a prediction adds to its row.
     """
 
     image_field: str | None = None
 
     def __init__(
-        self, make_model: Callable[..., nn.Module], data_info: DataInfo, vocabulary: int | None = None
+        self,
+        make_model: Callable[..., nn.Module],
+        data_info: DataInfo,
+        vocabulary: int | None = None,
+        continuation: int = 50,
     ) -> None:
         self._make_model = make_model
         found = token_columns(data_info)
@@ -46,6 +51,8 @@ class LanguageModelling:
                 "makes it; data.columns chooses among several"
             )
         self._field = found[0]
+        self.inputs = (found[0],)
+        self._continuation, self._decode = continuation, data_info.decode
         self._vocabulary = vocabulary_of(data_info, self._field, vocabulary)
 
     def build_model(self) -> nn.Module:
@@ -92,6 +99,36 @@ class LanguageModelling:
             state = (after,)
             total += float(_loss_sum(logits, targets))
         return total, self.count(batch)
+
+    def collate_inputs(self, rows: Rows) -> Batch:
+        """Rows of any length, to be continued."""
+        tokens = rows[self._field]
+        longest = max(int(tokens.lengths.max(initial=0)), 1)
+        return {
+            "inputs": torch.from_numpy(tokens.padded(0, longest).astype(np.int64)),
+            "lengths": torch.from_numpy(tokens.lengths.astype(np.int64)),
+        }
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """The likeliest `tokens` after each row, each the likeliest after those before it, and where the
+        dataset has its tokenizer their `text`.
+        """
+        found = [
+            self._continued(model, row[:length])
+            for row, length in zip(batch["inputs"], batch["lengths"].tolist(), strict=True)
+        ]
+        decode = self._decode
+        return [{"tokens": one} | ({"text": decode(one)} if decode else {}) for one in found]
+
+    def _continued(self, model: nn.Module, row: Tensor) -> list[int]:
+        state: tuple[dict[str, Tensor], ...] = ()
+        # A row of nothing is continued from token 0.
+        given, tokens = (row if len(row) else row.new_zeros(1))[None], []
+        for _ in range(self._continuation):
+            logits, after = model(given, *state)
+            given, state = logits[:, -1:].argmax(2), (after,)
+            tokens.append(int(given))
+        return tokens
 
     def metrics(self, found: list[tuple[float, int]]) -> dict[str, float]:
         loss = math.fsum(total for total, _ in found) / max(sum(count for _, count in found), 1)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.samples import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.pictures import Pictures, image_column
 
 
@@ -37,6 +37,7 @@ class Segmentation:
         self._make_model = make_model
         self._num_classes, self._ignore = num_classes, ignore
         self._image, self._mask = image, mask
+        self.inputs = (image,)
         self._pictures = Pictures(image_column(data_info, image, "segmentation"))
         size = self._pictures.input_shape[1:]
         found = data_info.fields[mask]
@@ -86,6 +87,17 @@ class Segmentation:
             "loss": float(self._cross_entropy(logits, masks)),
             "pixels": pixels.view(self._num_classes, -1).tolist(),
         }
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """A `mask` of each row: uint8 [H, W]."""
+        masks = model(batch["images"]).argmax(1).to("cpu", torch.uint8).numpy()
+        return [{"mask": mask} for mask in masks]
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        axes.imshow(row[self._image], cmap="gray")
+        mask = prediction["mask"]
+        axes.imshow(np.ma.masked_equal(mask, 0), cmap="tab10", vmin=0, vmax=self._num_classes, alpha=0.6)
+        axes.set_axis_off()
 
     def metrics(self, found: list[Any]) -> dict[str, float]:
         """`miou` and `dice` are means over the classes that occur in a mask or a prediction."""

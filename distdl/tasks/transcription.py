@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.samples import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.columns import words
 from distdl.tasks.pictures import Pictures, is_image
 from distdl.tasks.tokens import token_columns, vocabulary_of
@@ -38,6 +39,8 @@ class Transcription:
                 "among several"
             )
         self.image_field: str | None = images[0]
+        self.inputs = (images[0],)
+        self._decode = data_info.decode
         self._symbols = symbols[0]
         self._blank = vocabulary_of(data_info, self._symbols, None)
         self._pictures = Pictures(data_info.fields[images[0]])
@@ -64,7 +67,7 @@ class Transcription:
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
         logits, n = model(batch["images"]), self.count(batch)
-        found = [self._collapsed(row) for row in logits.argmax(2).tolist()]
+        found = self._found(logits)
         padded, lengths = batch["symbols"].tolist(), batch["lengths"].tolist()
         wanted = [row[:length] for row, length in zip(padded, lengths, strict=True)]
         edits = [edit_distance(a, b) for a, b in zip(found, wanted, strict=True)]
@@ -73,6 +76,20 @@ class Transcription:
             "error_rate": (sum(edits), sum(lengths)),
             "loss": (float(self._loss_sum(logits, batch)), n),
         }
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """The `symbols` of each row, and where the dataset has its tokenizer their `text`."""
+        found = self._found(model(batch["images"]))
+        decode = self._decode
+        return [{"symbols": one} | ({"text": decode(one)} if decode else {}) for one in found]
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        axes.imshow(row[self.inputs[0]], cmap="gray")
+        axes.set_title(prediction.get("text", str(prediction["symbols"])))
+        axes.set_axis_off()
+
+    def _found(self, logits: Tensor) -> list[list[int]]:
+        return [self._collapsed(row) for row in logits.argmax(2).tolist()]
 
     def _loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         steps = batch["lengths"].new_full((len(logits),), logits.shape[1])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distdl.errors import DataError, nearest
+from distdl.errors import DataError, RecipeError, nearest
 from distdl.samples import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.bleu import bleu_and_chrf, check_sacrebleu
 from distdl.tasks.columns import words
 from distdl.tasks.tokens import token_columns, vocabulary_of
@@ -48,6 +48,7 @@ class Translation:
         """Raises DataError for columns that are no tokens, EnvironmentProblem where sacrebleu is missing."""
         self._make_model = make_model
         self._source, self._target, self._smoothing = source, target, label_smoothing
+        self.inputs = (source,)
         for column in (source, target):
             able = token_columns(data_info)
             if column not in able:
@@ -104,9 +105,18 @@ class Translation:
         found = {"loss": float(self._loss_sum(model, batch, 0.0)), "count": self.count(batch)}
         if not self._search["beam"]:
             return found
-        ids = model(batch["source"], batch["lengths"], **self._search).tolist()
         wanted = [[token for token in row if token != _NO_TARGET] for row in batch["targets"].tolist()]
-        return {**found, "hypotheses": self._texts(ids), "references": self._texts(wanted)}
+        return {**found, "hypotheses": self._found(model, batch), "references": self._texts(wanted)}
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """The translation of each row, as `text`. Raises RecipeError where `beam` is 0."""
+        if not self._search["beam"]:
+            raise RecipeError("task.beam is 0, which searches for no translation: set task.beam=1 or more")
+        return [{"text": text} for text in self._found(model, batch)]
+
+    def _found(self, model: nn.Module, batch: Batch) -> list[str]:
+        ids: Tensor = model(batch["source"], batch["lengths"], **self._search)
+        return self._texts(ids.tolist())
 
     def metrics(self, found: list[dict[str, Any]]) -> dict[str, float]:
         loss = math.fsum(f["loss"] for f in found) / max(sum(f["count"] for f in found), 1)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from distdl.data.inputs import Inputs, Wanted, open_inputs
+from distdl.data.prepare.decode import encode_classes
 from distdl.engines.precision import autocast, dtype_of
 from distdl.errors import DataError, EnvironmentProblem, RecipeError
 from distdl.observe.console import show
@@ -62,6 +63,7 @@ def predict_process(
             shown = inputs.gather(np.arange(min(PLOTTED, len(found))))
             _plot(plot, draw, shown, found)
     out.parent.mkdir(parents=True, exist_ok=True)
+    found = [_with_pictures(prediction, out) for prediction in found]
     write_atomic(out, _as_csv(found) if out.suffix == ".csv" else _as_lines(found))
     show("predictions", {"rows": len(found)}, {"checkpoint": loaded.path, "written to": out})
 
@@ -75,13 +77,28 @@ def _plain(recipe: Recipe) -> Recipe:
 def _predictions(loaded: Loaded, inputs: Inputs) -> Iterator[Prediction]:
     task: Any = loaded.task
     engine, plan, total = loaded.engine, loaded.plan, len(inputs.rows)
+    collate = getattr(task, "collate_inputs", task.collate)
     with engine.evaluating(), torch.no_grad(), autocast(engine.device.type, dtype_of(plan.precision)):
         for start in range(0, total, plan.micro_batch):
             rows = inputs.gather(np.arange(start, min(start + plan.micro_batch, total)))
-            found = task.predict(engine.module, engine.place(task.collate(Columns(rows))))
+            found = task.predict(engine.module, engine.place(collate(Columns(rows))))
             for row, prediction in enumerate(found, start):
                 name = {"file": inputs.files[row]} if inputs.files is not None else {}
                 yield {"row": row, **name, **prediction}
+
+
+def _with_pictures(prediction: Prediction, out: Path) -> Prediction:
+    """Arrays of classes (uint8 [H, W]) written as PNG files into a folder beside `out`, and named in their
+    place.
+    """
+    folder, named = out.with_suffix(""), dict(prediction)
+    for name, value in prediction.items():
+        if isinstance(value, np.ndarray):
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{prediction['row']:06d}_{name}.png"
+            file.write_bytes(encode_classes(value))
+            named[name] = f"{folder.name}/{file.name}"
+    return named
 
 
 def _as_lines(found: list[Prediction]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from distdl.data import open_split, ready
 from distdl.data.catalogue import CATALOGUE
 from distdl.recipe import Recipe, load_recipe, parse_recipe
 from distdl.testing import assert_same_bits, run_world
+from tests.commands import distdl
 from tests.multiprocess.test_parity import results
 from tests.runs import train_rank
 
@@ -112,9 +116,41 @@ def test_it_learns_and_two_processes_do_the_same_to_the_bit(name: str, runs: dic
     assert measured == {key: together[-1][key] for key in measured}
 
 
-def test_scenes_are_made_of_whole_garments_that_do_not_overlap(data: Path, tmp_path: Path) -> None:
-    from distdl.data import open_split, ready
+def predicted(name: str, runs: dict[int, Path], data: Path, *overrides: str) -> tuple[Path, list[Any]]:
+    """What `distdl predict` writes of the test rows, and where."""
+    run = runs[1] / name
+    out = run / "predictions.jsonl"
+    words = ["predict", str(run / "recipe.yaml"), *overrides, "--split", "test", "--out", str(out)]
+    code, said = distdl(*words, "--input", str(data / SCENES))
+    assert code == 0, said
+    return out, [json.loads(line) for line in out.read_text().splitlines()]
 
+
+def test_masks_are_written_as_pictures_of_class_numbers(runs: dict[int, Path], data: Path) -> None:
+    out, found = predicted("scenes_unet", runs, data)
+    true = open_split(ready(None, data / SCENES), "test", None).gather(np.arange(16))["mask"]
+    masks = np.stack([np.asarray(Image.open(out.parent / one["mask"])) for one in found])
+    rows, _ = results(runs[1] / "scenes_unet")
+    assert (masks == true).mean() == pytest.approx(rows[-1]["eval_accuracy"])
+    assert Image.open(out.parent / found[0]["mask"]).convert("RGB").getpixel((0, 0)) is not None
+
+
+def test_objects_are_listed_best_first_and_from_a_score_on(runs: dict[int, Path], data: Path) -> None:
+    every = predicted("scenes_centernet", runs, data, "task.min_score=0.0")[1]
+    assert len(every) == 16
+    scores = [[one["score"] for one in row["objects"]] for row in every]
+    assert all(row == sorted(row, reverse=True) for row in scores)
+    bound = scores[0][2]
+    some = predicted("scenes_centernet", runs, data, f"task.min_score={bound}")[1]
+    assert [o["score"] for row in some for o in row["objects"]] == [
+        s for row in scores for s in row if s >= bound
+    ]
+    left, top, right, bottom = every[0]["objects"][0]["box"]
+    assert left < right
+    assert top < bottom
+
+
+def test_scenes_are_made_of_whole_garments_that_do_not_overlap(data: Path, tmp_path: Path) -> None:
     found = ready(None, data / SCENES)
     rows = open_split(found, "test", None).gather(np.arange(16))
     boxes, classes = rows["boxes"].tolist(), rows["classes"].tolist()

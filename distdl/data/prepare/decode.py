@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG, ...) -> arrays. The one file that imports PIL, when there is an image."""
+"""Encoded images (PNG, JPEG, ...) -> arrays, and back. The one file that imports PIL, when it must."""
 
 from __future__ import annotations
 
@@ -45,6 +45,22 @@ def decode_image(
 
             plain = plain.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         return np.asarray(plain, dtype=np.uint8)
+
+
+def encode_classes(mask: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG whose pixels are the numbers of `mask` [H, W], and show as a colour each."""
+    from PIL import Image
+
+    image = Image.fromarray(mask, "P")
+    image.putpalette([value for k in range(256) for value in _colour(k)])
+    out = io.BytesIO()
+    image.save(out, "png")
+    return out.getvalue()
+
+
+def _colour(k: int) -> tuple[int, ...]:
+    """Red, green, blue: black for 0; the bits of k in turn, lowest first, as in PASCAL VOC's masks."""
+    return tuple(sum((k >> (3 * i + part) & 1) << (7 - i) for i in range(3)) for part in range(3))
 
 
 def _open(data: bytes, where: str) -> Any:

@@ -107,3 +107,19 @@ def test_data_that_do_not_suit() -> None:
         task().collate({"text": Ragged(np.arange(3, dtype=np.int32), np.array([3]))})
     with pytest.raises(RecipeError, match=r"'lstm_lm' does not read.*Models that do: lstm, gru, rnn$"):
         model_factory("lstm_lm", SMALL)(vocabulary=9, num_outputs=3)
+
+
+@torch.no_grad()
+def test_a_row_is_continued_with_the_likeliest_token_each_time() -> None:
+    """Going on from the state finds what reading all of the text again finds."""
+    torch.manual_seed(5)
+    mine = task(continuation=6)
+    model = mine.build_model().eval()
+    prompts = [[3, 1, 4], [], [5]]
+    values = np.array([token for row in prompts for token in row], np.int32)
+    batch = mine.collate_inputs({"text": Ragged(values, np.array([3, 0, 1], np.int64))})
+    for prompt, found in zip(prompts, mine.predict(model, batch), strict=True):
+        text = prompt or [0]
+        for _ in range(6):
+            text = [*text, int(model(torch.tensor([text]))[0][0, -1].argmax())]
+        assert found == {"tokens": text[-6:]}

@@ -90,3 +90,23 @@ def test_edits(a: str, b: str, edits: int) -> None:
 def test_data_that_do_not_suit() -> None:
     with pytest.raises(DataError, match=r"one column of token ids; dataset 'strings' has image"):
         task({"image": FIELDS["image"]})
+
+
+@torch.no_grad()
+def test_predictions_are_the_strings_that_are_measured() -> None:
+    torch.manual_seed(0)
+    mine = task()
+    batch = mine.collate(rows(STRINGS))
+    # Blank (5) parts what is alike; what is not parted is one.
+    steps = [
+        [5, 0, 0, 5, 1, 2],
+        [4, 4, 4, 4, 4, 4],
+        [3, 5, 3, 3, 5, 5],
+        [5] * 6,
+        [2, 2, 0, 0, 4, 4],
+        [1, 5] * 3,
+    ]
+    logits = functional.one_hot(torch.tensor(steps), 6).float()
+    found = mine.predict(lambda images: logits, batch)
+    assert [one["symbols"] for one in found] == STRINGS
+    assert mine.metric_sums(lambda images: logits, batch)["accuracy"] == (6, 6)

@@ -139,3 +139,14 @@ def test_data_that_do_not_suit() -> None:
     with pytest.raises(DataError, match="has no tokenizer to make text of tokens with"):
         build_task("translation", {"source": "en", "target": "de"}, factory, info)
     build_task("translation", {"source": "en", "target": "de", "beam": 0}, factory, info)
+
+
+@torch.no_grad()
+def test_predictions_are_what_bleu_is_told(folder: Path) -> None:
+    mine = task_of(folder, beam=2, max_tokens=6)
+    model = mine.build_model().eval()
+    batch = mine.collate(rows_of(folder, 4))
+    found = mine.predict(model, batch)
+    assert [one["text"] for one in found] == mine.measure(model, batch)["hypotheses"]
+    with pytest.raises(RecipeError, match="beam"):
+        task_of(folder, beam=0).predict(model, batch)
