@@ -58,6 +58,7 @@ class Detection(NamedSection):
     classes: Text = Field("classes", description="Column of the objects' classes.")
     max_objects: Count = Field(128, description="Objects that an image may have.")
     max_detections: Count = Field(100, description="Detections of an image that are measured, best first.")
+    min_score: Fraction = Field(0.3, description="Predictions leave out what has a lower score.")
 
 
 class Reconstruction(NamedSection):
@@ -72,6 +73,7 @@ class LanguageModelling(NamedSection):
 
     name: Literal["language_modelling"] = Field(description="The task.")
     vocabulary: Count | None = Field(None, description="Different token ids. Null: as the dataset says.")
+    continuation: Count = Field(50, description="Tokens that a prediction adds to its row.")
 
 
 class Translation(NamedSection):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from distdl import errors
 from distdl.comm.world import leave
-from distdl.engines import Engine, Forward
+from distdl.engines import Forward
 from distdl.errors import RecipeError
 from distdl.keys import seed_everything
 from distdl.lifeline import die_with_parent
@@ -21,6 +22,7 @@ from distdl.observe.failure import report_failure
 from distdl.observe.summary import show_summary
 from distdl.plan import Plan
 from distdl.recipe import Recipe, load_recipe
+from distdl.record import RunDirectory
 from distdl.tasks import Batch
 from distdl.testing import faults
 from distdl.topology import Topology
@@ -41,8 +43,8 @@ from distdl.train.stop import StopFlag
 class Model:
     """The run's model, to be called inside `Step.microbatches`; attributes are your module's."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._forward: nn.Module | None = None
         self._called = False
 
@@ -56,19 +58,19 @@ class Model:
         return self._forward(*args, **named)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine.module, name)
+        return getattr(self._run._s.engine.module, name)
 
 
 class Step:
     """One step of the whole world, from `Run.steps`."""
 
-    def __init__(self, session: Session, model: Model, batch: StepBatch) -> None:
-        self._s, self._model, self._batch = session, model, batch
+    def __init__(self, run: Run, batch: StepBatch) -> None:
+        self._run, self._batch = run, batch
         self._forward: Forward | None = None
         self._left = len(batch.micros) if batch.total else 0
         self._losses: list[tuple[Tensor, int]] = []
         self._applied = False
-        self.number = session.state.step
+        self.number = run._s.state.step
         """Counts from 0 over the whole run, whatever was resumed."""
 
     def microbatches(self) -> Iterator[Batch]:
@@ -76,17 +78,17 @@ class Step:
 
         Each is gone through to `backward` before the next. torch's random streams are set for each.
         """
-        s, batch = self._s, self._batch
+        s, batch, model = self._run._s, self._batch, self._run.model
         begin_step(s)
         for i in range(self._left):
             micro = batch.micros[i]
             tensors, this = joined(s, [micro], last=i == len(batch.micros) - 1)
             seed_everything(this.groups[0].key)
             with s.engine.running(this, batch.total) as self._forward:
-                self._model._forward, self._model._called = self._forward.module, False
+                model._forward, model._called = self._forward.module, False
                 self._count, self._weight = micro.count, micro.weight
                 yield tensors
-                self._model._forward = None
+                model._forward = None
                 if self._waiting():
                     raise RuntimeError("a microbatch has had no step.backward(loss_sum, count)")
             self._left -= 1
@@ -111,7 +113,7 @@ class Step:
                 f"step.backward: {count} counted, and the recipe's task counts {self._count} of this "
                 "microbatch. Sum the loss over those, or give the recipe a task whose `count` is yours"
             )
-        if not self._model._called:
+        if not self._run.model._called:
             raise RuntimeError(
                 "the loss was computed without run.model(...): ranks would not share gradients"
             )
@@ -126,7 +128,7 @@ class Step:
         if self._applied:
             raise RuntimeError("step.apply is called once in a step")
         self._applied = True
-        end_step(self._s, self._batch, self._losses)
+        end_step(self._run._s, self._batch, self._losses)
 
 
 class Run:
@@ -136,37 +138,32 @@ class Run:
         self._stop, self._topology = StopFlag(), topology
         self._stop.install(alone=topology.launcher == "none")
         faults.arm_from_environment(topology.rank)
-        self._s, resumed = open_here(recipe, topology, options, self._stop)
+        session, resumed = open_here(recipe, topology, options, self._stop)
+        self._session: Session | None = session
         self.recipe: Recipe = recipe
-        self.plan: Plan = self._s.plan
-        self.model = Model(self._s.engine)
-        if self._s.carry is not None:
-            self._s.close()
+        self.plan: Plan = session.plan
+        self.rank: int = session.world.rank
+        """This process's number, from 0."""
+        self.world_size: int = session.world.size
+        """How many processes train together."""
+        self.device: torch.device = session.engine.device
+        """Where the model and the batches are."""
+        self.metrics: dict[str, float] = {}
+        """The newest evaluation of this attempt; empty before there was one."""
+        self.model = Model(self)
+        if session.carry is not None:
+            self.close()
             raise RecipeError(
                 f"task.name = {recipe.task.name!r} hands state from window to window, which a loop of your "
                 "own cannot: use `distdl train`, or a task that does not"
             )
-        announce_start(self._s, resumed)
+        announce_start(session, resumed)
 
     @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-        return self._s.world.rank
-
-    @property
-    def world_size(self) -> int:
-        """How many processes train together."""
-        return self._s.world.size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model and the batches are."""
-        return self._s.engine.device
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The newest evaluation of this process's attempt; empty before there was one."""
-        return self._s.metrics
+    def _s(self) -> Session:
+        if self._session is None:
+            raise RuntimeError("this run is closed")
+        return self._session
 
     def steps(self) -> Iterator[Step]:
         """Collective. The steps that are left, from where the newest checkpoint stands.
@@ -176,10 +173,12 @@ class Run:
         """
         s, already = self._s, finished_already(self._s)
         while not isinstance(batch := next_step(s), int):
-            step = Step(s, self.model, batch)
+            self.metrics = s.metrics
+            step = Step(self, batch)
             yield step
             if not step._applied:
                 raise RuntimeError("a step has had no step.apply()")
+        self.metrics = s.metrics
         if batch != errors.DONE:
             raise SystemExit(exit_code_for(self._topology, batch))
         if not already:
@@ -194,7 +193,11 @@ class Run:
 
     def close(self) -> None:
         """End what runs in the background, and leave the other ranks. May be called again."""
-        self._s.close()
+        if self._session is not None:
+            self._session.close()
+            # What wraps the model uses the process group, and is let go before it.
+            self._session = None
+            gc.collect()
         leave()
 
     def __enter__(self) -> Run:
@@ -211,7 +214,7 @@ class Run:
                 code = code_of(error, self.recipe, self._topology, self._stop)
                 self.close()
                 raise SystemExit(exit_code_for(self._topology, code)) from error
-            report_failure(self._s.directory, self.rank, error)
+            report_failure(RunDirectory.of(self.recipe), self.rank, error)
         self.close()
 
 

@@ -60,6 +60,7 @@ def torchrun(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.campaign
 def test_torchrun_does_the_same_run(launched_run: tuple[Path, Path, str], tmp_path: Path) -> None:
     recipe, run, _ = launched_run
     done = torchrun("train", str(recipe), f"run.dir={tmp_path / 'run'}")

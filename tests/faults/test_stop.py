@@ -36,14 +36,12 @@ MOMENTS = {
 CASES = list(itertools.product(MOMENTS, TARGETS, SIGNALS))
 EVERYDAY = [
     ("step", "worker", "TERM"),
-    ("step", "launcher", "USR1"),
     ("save", "launcher", "TERM"),
     ("save", "all", "USR1"),
     ("evaluation", "worker", "USR1"),
-    ("evaluation", "all", "TERM"),
     ("start", "launcher", "TERM"),
 ]
-"""Each moment, target and signal more than once; the other combinations stand in the long run."""
+"""Each moment, target and signal; the other combinations stand in the long run."""
 
 
 def start(recipe: Path, fail_at: str = "") -> Launched:

@@ -29,11 +29,11 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Name -> section `hardware`, section `train`."""
 
 QUICK = {("ddp", 2), ("ddp_exact", 2), ("accelerate", 2)}
-UNEVEN = {("ddp_exact_sharded", 3), ("fsdp", 3), ("zero2", 3)}
+UNEVEN = {("ddp_exact_sharded", 3), ("fsdp", 3)}
 
 
 def marks(name: str, size: int) -> Any:
-    """World 2, and 3 by each way of sharing, in every run of the suite; all in the long one, or by this
+    """World 2, and 3 by two ways of sharing, in every run of the suite; all in the long one, or by this
     file's name.
     """
     if (name, size) in QUICK:

@@ -36,7 +36,7 @@ PAIRS = [
 """Begun with, at 2 ranks; ended with, and at how many."""
 
 QUICK = ("fsdp", "ddp", 1)
-USUAL = {("fsdp", "zero3", 3), ("zero1", "ddp_sharded", 3)}
+USUAL = {("zero1", "ddp_sharded", 3)}
 
 
 def marks(pair: tuple[str, str, int]) -> Any:

@@ -220,7 +220,8 @@ def test_unused_parameters_skipped_steps_and_sharded_state() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [8, pytest.param(12, marks=pytest.mark.campaign)])
+@pytest.mark.campaign
+@pytest.mark.parametrize("count", [8, 12])
 def test_the_whole_table(count: int) -> None:
     """With 8 ranks, the short last step has fewer microbatches than ranks."""
     cases = [(name, optim) for name in ("cnn_batchnorm", "lstm_ragged") for optim in ("sgd", "adamw")]

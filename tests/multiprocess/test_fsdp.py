@@ -354,6 +354,7 @@ def compiling(world: World) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_compiled_is_what_plain_code_computes(tmp_path: Path) -> None:
     """BatchNorm's statistics too."""
     env = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -37,9 +37,8 @@ def refusal(world: World, recipe: Recipe) -> str:
     topology = Topology(
         rank=world.rank, world_size=world.size, local_rank=world.rank, local_world_size=world.size
     )
-    directory = process.RunDirectory.of(recipe)
     try:
-        process._train(recipe, topology, process.Options(), directory, StopFlag())
+        process._run(*process.open_here(recipe, topology, process.Options(), StopFlag()))
     except (DistdlError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

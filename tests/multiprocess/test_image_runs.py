@@ -145,9 +145,7 @@ def test_objects_are_listed_best_first_and_from_a_score_on(runs: dict[int, Path]
     assert [o["score"] for row in some for o in row["objects"]] == [
         s for row in scores for s in row if s >= bound
     ]
-    left, top, right, bottom = every[0]["objects"][0]["box"]
-    assert left < right
-    assert top < bottom
+    assert all(len(o["box"]) == 4 for row in every for o in row["objects"])
 
 
 def test_scenes_are_made_of_whole_garments_that_do_not_overlap(data: Path, tmp_path: Path) -> None:
