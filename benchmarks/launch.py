@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from distdl.record import read_lines
 
@@ -58,6 +59,7 @@ def script(done: Path) -> None:
     optimizer.step()
     if rank == 0:
         done.write_text(str(time.time()))
+    del wrapped, optimizer  # what outlives the group may wait for it for ever
     dist.destroy_process_group()
 
 
@@ -102,7 +104,9 @@ def measure(name: str, folder: Path) -> float | None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]])}
     begin = time.time()
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     if done.returncode != 0:
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return first_step(folder) - begin

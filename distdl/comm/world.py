@@ -6,6 +6,7 @@ synchronisation. They are JSON on the wire: nothing received from another proces
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 from collections.abc import Callable
@@ -153,6 +154,11 @@ def _listen(host: str, port: int) -> int:
 
 
 def leave() -> None:
-    """Take this process out of the group, if it is in one. Not called while an exception unwinds."""
+    """Take this process out of the group, if it is in one. Not called while an exception unwinds.
+
+    Let go of engines before. One that outlives the group ends it when it is freed itself, with Python's lock
+    held, which gloo's thread may be waiting for: the process then never ends (seen with torch 2.13).
+    """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # engines in reference cycles
         dist.destroy_process_group()

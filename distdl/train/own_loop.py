@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -195,9 +194,7 @@ class Run:
         """End what runs in the background, and leave the other ranks. May be called again."""
         if self._session is not None:
             self._session.close()
-            # What wraps the model uses the process group, and is let go before it.
-            self._session = None
-            gc.collect()
+            self._session = None  # the engine goes before the group: see `leave`
         leave()
 
     def __enter__(self) -> Run:

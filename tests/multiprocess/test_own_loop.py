@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from distdl.comm import World
 from distdl.recipe import Recipe
@@ -83,6 +86,28 @@ def fails_on_one(world: World, recipe: Recipe) -> None:
             if run.rank == 1 and step.number == 3:
                 raise ValueError("a bug of the user")
             step.apply()
+
+
+@pytest.mark.parametrize("how", [train_rank, loop])
+def test_no_engine_outlives_the_process_group(how: Callable[[World, Recipe], int], tmp_path: Path) -> None:
+    """It would end the group with Python's lock held, and now and then hang at the exit."""
+    assert run_world(left_at_the_end, 2, how, recipe_of(tmp_path, fuse=1)) == [[], []]
+
+
+def left_at_the_end(world: World, how: Callable[[World, Recipe], int], recipe: Recipe) -> list[str]:
+    """What holds the group, of what is alive when it is destroyed."""
+    left: list[str] = ["the group was not destroyed"]
+    destroy = dist.destroy_process_group
+
+    def note() -> None:
+        left[:] = [type(o).__name__ for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+        destroy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", note)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"reduction": "fast"})})
+        assert how(world, recipe) == 0
+    return left
 
 
 # --- misuse: an error at once, never a run that is not what it says ---
