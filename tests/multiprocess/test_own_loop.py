@@ -100,7 +100,7 @@ def left_at_the_end(world: World, how: Callable[[World, Recipe], int], recipe: R
     destroy = dist.destroy_process_group
 
     def note() -> None:
-        left[:] = [type(o).__name__ for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+        left[:] = [type(o).__name__ for o in gc.get_objects() if type(o) is DistributedDataParallel]
         destroy()
 
     with pytest.MonkeyPatch.context() as patch:
