@@ -45,6 +45,8 @@ class Row:
     metric: str = "accuracy"
     prepare: str = ""
     """The command that makes the data, where it is more than none."""
+    first: str = ""
+    """A recipe whose run the row's begin with (`init.from`)."""
     test_split: str | None = None
     """Split of the figure, where training evaluates on another."""
     known: str = ""
@@ -54,6 +56,11 @@ class Row:
 def seeds(config: str, count: int) -> tuple[tuple[str, ...], ...]:
     """The same recipe with seeds 1 to `count`."""
     return tuple((config, f"train.seed={seed}") for seed in range(1, count + 1))
+
+
+def real(name: str) -> str:
+    """The command that fetches and prepares data/NAME."""
+    return f"bash benchmarks/real_data.sh {name}"
 
 
 FULL = "bash launch/fashion_mnist_full.sh"
@@ -92,6 +99,78 @@ ROWS: dict[str, Row] = {
     ),
     "reference_rnn5": Row(
         "Fashion-MNIST, reference network `rnn5`", (">", 0.70), (("reference/rnn5.yaml",),), prepare=FULL
+    ),
+    "mnist_rows_lstm": Row(
+        "MNIST, an image a sequence of 28 rows, `lstm`",
+        (">=", 0.985),
+        (("mnist_rows_lstm.yaml",),),
+        prepare=MNIST,
+    ),
+    "r8_lstm": Row(
+        "Reuters R8, `lstm`, no pretrained vectors",
+        (">=", 0.955),
+        seeds("r8_lstm.yaml", 3),
+        prepare=real("r8"),
+        known="LSTM 0.9368, Bi-LSTM with pretrained vectors 0.9631 (Yao et al., 2019)",
+    ),
+    "r8_from_autoencoder": Row(
+        "Reuters R8, encoder pretrained as an autoencoder",
+        (">=", 0.94),
+        (("r8_from_autoencoder.yaml",),),
+        prepare=real("r8"),
+        first="r8_autoencoder.yaml",
+    ),
+    "spam": Row(
+        "SpamAssassin, 80/20",
+        (">=", 0.985),
+        (("spam_lstm.yaml",),),
+        prepare=real("spam"),
+        known="tf-idf with logistic regression 0.991 on a random 80/20",
+    ),
+    "help_en_de": Row(
+        "software help, English to German, pages kept apart",
+        (">=", 18.0),
+        (("help_en_de.yaml",),),
+        metric="bleu",
+        prepare=real("help_en_de"),
+        test_split="test",
+    ),
+    "brown": Row(
+        "Brown corpus, Bengio's split and vocabulary rule",
+        ("<", 252.0),
+        (("brown_lstm_lm.yaml",),),
+        metric="perplexity",
+        prepare=real("brown"),
+        test_split="test",
+        known="252 (Bengio et al., 2003)",
+    ),
+    "japanese_vowels": Row(
+        "JapaneseVowels, `lstm`",
+        (">=", 0.97),
+        (("japanese_vowels_lstm.yaml",),),
+        prepare=real("japanese_vowels"),
+        known="0.941 (Kudo et al., 1999)",
+    ),
+    "gunpoint": Row(
+        "GunPoint, `fcn1d`",
+        (">=", 0.98),
+        seeds("gunpoint_fcn1d.yaml", 5),
+        prepare=real("gunpoint"),
+        known="FCN 1.000, ResNet 0.993 (Wang et al., 2017)",
+    ),
+    "digits": Row(
+        "strings of digits composed from MNIST, `crnn_ctc`",
+        (">=", 0.95),
+        (("digits_ctc.yaml",),),
+        prepare=real("digits"),
+    ),
+    "sunspots": Row(
+        "monthly sunspots, 12 months ahead; below naive, seasonal (132) and lag 12",
+        ("<", 1.0),
+        (("sunspots_lstm.yaml",),),
+        metric="mase_of_best_baseline",
+        prepare=real("sunspots"),
+        test_split="test",
     ),
     "mnist_autoencoder": Row(
         "MNIST through 30 numbers and back",
@@ -142,22 +221,32 @@ def train_row(name: str) -> None:
     row, done = ROWS[name], kept(name)
     if row.prepare and len(done) < len(row.runs):
         subprocess.run(shlex.split(row.prepare), cwd=ROOT, check=True)
+    begin = []
+    if row.first and len(done) < len(row.runs):
+        before = ROOT / "runs" / "results" / f"{name}-first"
+        launched([str(ROOT / "configs" / row.first), f"run.dir={before}"])
+        begin = [f"init.from={before}"]
     for number, run in enumerate(row.runs):
         if not any(tuple(r.run) == run for r in done):
-            done.append(train(row, run, ROOT / "runs" / "results" / f"{name}-{number}"))
+            done.append(train(row, run, ROOT / "runs" / "results" / f"{name}-{number}", begin))
             KEPT.mkdir(exist_ok=True)
             write_atomic(KEPT / f"{name}.json", json.dumps([vars(r) for r in done], indent=2) + "\n")
 
 
-def train(row: Row, run: tuple[str, ...], folder: Path) -> Result:
+def launched(recipe: list[str]) -> None:
+    """Train a recipe to its end, or on from where it was stopped."""
+    subprocess.run([*DISTDL, "launch", *recipe, "--procs", "2"], cwd=ROOT, check=True)
+
+
+def train(row: Row, run: tuple[str, ...], folder: Path, begin_with: list[str]) -> Result:
     """Train one run to its end, or on from where it was stopped, and measure it."""
     config, *overrides = run
-    recipe = [str(ROOT / "configs" / config), *overrides, f"run.dir={folder}"]
+    recipe = [str(ROOT / "configs" / config), *overrides, *begin_with, f"run.dir={folder}"]
     clock, begin = folder.with_suffix(".seconds"), time.monotonic()
     before = float(clock.read_text()) if clock.exists() else 0.0
     clock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run([*DISTDL, "launch", *recipe, "--procs", "2"], cwd=ROOT, check=True)
+        launched(recipe)
     finally:
         seconds = before + time.monotonic() - begin
         write_atomic(clock, f"{seconds:.1f}\n")
@@ -166,6 +255,9 @@ def train(row: Row, run: tuple[str, ...], folder: Path) -> Result:
         [*DISTDL, "eval", *recipe, *split, "--json"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
     )
     metrics = json.loads(measured.stdout)
+    if "naive_mase" in metrics:
+        baselines = [value for key, value in metrics.items() if key.endswith("_mase")]
+        metrics["mase_of_best_baseline"] = metrics["mase"] / min(baselines)
     return Result(list(run), metrics[row.metric], seconds / 60, commit(), machine(), _numbers(metrics))
 
 
