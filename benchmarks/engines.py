@@ -11,6 +11,7 @@ hand there is nothing but the library's own loop. Above 1: distdl is faster.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from overhead import MICRO, RECIPE, by_hand, with_distdl
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from distdl.capabilities import ENGINES
 from distdl.comm import World
@@ -100,8 +102,12 @@ def zero_by_hand(stage: int) -> Callable[[World, Tensor, Tensor], Step]:
 def accelerate_by_hand(world: World, images: Tensor, labels: Tensor) -> Step:
     from accelerate import Accelerator
 
+    # As its launcher says it: without, Accelerate is one process in silence, and sends nothing.
+    place = {"RANK": world.rank, "LOCAL_RANK": world.rank, "WORLD_SIZE": world.size, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     accelerator, model = Accelerator(cpu=True), network(torch.channels_last)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), **SGD))
+    assert isinstance(model, DistributedDataParallel), f"Accelerate made a {type(model).__name__}"
     draw = batches(world, images, labels)
 
     def step() -> None:
