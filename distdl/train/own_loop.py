@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distdl import errors
 from distdl.comm.world import leave
 from distdl.engines import Forward
-from distdl.errors import RecipeError
+from distdl.errors import DistdlError, RecipeError, Stopped
 from distdl.keys import seed_everything
 from distdl.lifeline import die_with_parent
 from distdl.observe.failure import report_failure
@@ -31,9 +31,11 @@ from distdl.train.process import (
     Options,
     announce_start,
     code_of,
+    crash,
     exit_code_for,
     finished_already,
     open_here,
+    settling,
 )
 from distdl.train.session import Session, StepBatch
 from distdl.train.stop import StopFlag
@@ -127,7 +129,8 @@ class Step:
         if self._applied:
             raise RuntimeError("step.apply is called once in a step")
         self._applied = True
-        end_step(self._run._s, self._batch, self._losses)
+        with self._run._together():
+            end_step(self._run._s, self._batch, self._losses)
 
 
 class Run:
@@ -137,7 +140,13 @@ class Run:
         self._stop, self._topology = StopFlag(), topology
         self._stop.install(alone=topology.launcher == "none")
         faults.arm_from_environment(topology.rank)
-        session, resumed = open_here(recipe, topology, options, self._stop)
+        self._agreed: DistdlError | None = None
+        try:
+            session, resumed = open_here(recipe, topology, options, self._stop)
+        except Stopped as error:
+            code = code_of(error, recipe, topology, self._stop)
+            leave()
+            raise SystemExit(exit_code_for(topology, code)) from error
         self._session: Session | None = session
         self.recipe: Recipe = recipe
         self.plan: Plan = session.plan
@@ -171,7 +180,7 @@ class Run:
         asked to stop, everything saved, so that nothing after the loop takes it for finished.
         """
         s, already = self._s, finished_already(self._s)
-        while not isinstance(batch := next_step(s), int):
+        while not isinstance(batch := self._next(), int):
             self.metrics = s.metrics
             step = Step(self, batch)
             yield step
@@ -185,6 +194,20 @@ class Run:
         s.console.close()
         if s.world.is_main:
             show_summary(s.directory)
+
+    def _next(self) -> StepBatch | int:
+        with self._together():
+            return next_step(self._s)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what fails on all ranks or on none, unlike the code of the user."""
+        try:
+            with settling(self._s):
+                yield
+        except DistdlError as error:
+            self._agreed = error
+            raise
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """Collective. The model in evaluation mode, with averaged weights where the recipe keeps them."""
@@ -204,11 +227,13 @@ class Run:
         self, _: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         """Where something was raised on one rank of several, that rank ends at once with a report, as in
-        `distdl train`: the others wait for it in vain otherwise.
+        `distdl train`: the others wait for it in vain otherwise. What all raise together has its exit code.
         """
         if isinstance(error, Exception):
             if self.world_size > 1:
-                code = code_of(error, self.recipe, self._topology, self._stop)
+                if self._agreed is None or error is not self._agreed:
+                    crash(error, RunDirectory.of(self.recipe), self._topology)
+                code = code_of(self._agreed, self.recipe, self._topology, self._stop)
                 self.close()
                 raise SystemExit(exit_code_for(self._topology, code)) from error
             report_failure(RunDirectory.of(self.recipe), self.rank, error)

@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -110,6 +112,7 @@ def open_here(
     session, resumed = open_session(
         opening, allow_changed=options.allow_changed, terminal=options.terminal, quiet=not world.is_main
     )
+    session.lock = held and held[1]
     faults.point("start.loaded")
     return session, resumed
 
@@ -151,7 +154,8 @@ def _run(s: Session, resumed: Resumed) -> int:
     announce_start(s, resumed)
     already = finished_already(s)
     try:
-        code = _fit(s)
+        with settling(s):
+            code = fit(s)
         if code == errors.DONE and not already:
             s.event("done", **s.results())
     finally:
@@ -161,16 +165,19 @@ def _run(s: Session, resumed: Resumed) -> int:
     return code
 
 
-def _fit(s: Session) -> int:
+@contextmanager
+def settling(s: Session) -> Iterator[None]:
+    """Collective. Around what raises DistdlError on all ranks together: what is being saved is committed."""
     problem: DistdlError | None = None
     try:
-        return fit(s)
+        yield
     except PeerFailed:
         raise  # the rank that crashed takes part in nothing any more
     except DistdlError as error:
         problem = error
-    settle_after(s)
-    raise problem
+    if problem is not None:
+        settle_after(s)
+        raise problem
 
 
 def _open_directory(directory: RunDirectory, options: Options) -> tuple[Path, IO[str] | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 from distdl.checkpoint.manifest import Facts
 from distdl.checkpoint.replicas.keeper import Replicas
@@ -62,6 +62,8 @@ class Session:
     replicas: Replicas | None = None
     carry: Carry | None = None
     """None where nothing is carried from step to step."""
+    lock: IO[str] | None = None
+    """What keeps others out of the run directory, where this process and no launcher holds it."""
     fusing: Fusing = field(default_factory=Fusing)
     saved_step: int | None = None
     """The last step whose save has begun, or that was resumed from."""
@@ -152,6 +154,8 @@ class Session:
         self.batches.close()
         self.saver.close()
         close(self.eval_rows)
+        if self.lock is not None:
+            self.lock.close()
 
     def stop_agreed(self) -> bool:
         """Collective. True on every rank where any has been told to stop."""

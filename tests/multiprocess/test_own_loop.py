@@ -15,8 +15,11 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from distdl.checkpoint.read import find_latest
 from distdl.comm import World
+from distdl.errors import EnvironmentProblem
 from distdl.recipe import Recipe
+from distdl.record import RunDirectory
 from distdl.testing import assert_same_bits, run_world
 from distdl.testing.worlds import WorldFailed
 from distdl.train.own_loop import Options, Run, Step
@@ -108,6 +111,52 @@ def left_at_the_end(world: World, how: Callable[[World, Recipe], int], recipe: R
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"reduction": "fast"})})
         assert how(world, recipe) == 0
     return left
+
+
+def test_a_run_directory_is_locked_as_long_as_the_run_is_open(tmp_path: Path) -> None:
+    assert run_world(locked, 1, recipe_of(tmp_path))[0] == [True, False]
+
+
+def locked(world: World, recipe: Recipe) -> list[bool]:
+    """Whether another may not have the directory: while the run is open, and after it."""
+    found = []
+    with Run(recipe, topology_of(world), Options()):
+        found.append(in_use(recipe))
+    return [*found, in_use(recipe)]
+
+
+def in_use(recipe: Recipe) -> bool:
+    try:
+        RunDirectory.of(recipe).lock().close()
+    except EnvironmentProblem:
+        return True
+    return False
+
+
+def test_a_run_that_diverges_keeps_what_it_was_saving_and_ends_alike_on_all_ranks(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, engine="ddp")
+    saving = recipe.checkpoint.model_copy(update={"every_steps": 3})
+    limit = recipe.train.model_copy(update={"max_nonfinite_steps": 1})
+    recipe = recipe.model_copy(update={"checkpoint": saving, "train": limit})
+    assert run_world(diverges, 2, recipe) == [6, 6]
+    latest = find_latest(tmp_path / "checkpoints")
+    assert latest is not None
+    assert latest.manifest.step == 3
+
+
+def diverges(world: World, recipe: Recipe) -> int:
+    """The step after the first save has a gradient that is not finite; returns the exit code."""
+    try:
+        with Run(recipe, topology_of(world), Options()) as run:
+            for step in run.steps():
+                for batch in step.microbatches():
+                    spoilt = float("nan") if step.number == 3 else 1.0
+                    loss = cross_entropy(run.model(batch["images"]), batch["labels"], reduction="sum")
+                    step.backward(loss * spoilt, len(batch["labels"]))
+                step.apply()
+    except SystemExit as leaving:
+        return int(str(leaving.code))
+    return 0
 
 
 # --- misuse: an error at once, never a run that is not what it says ---
