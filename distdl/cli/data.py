@@ -38,7 +38,9 @@ def prepare_command(
     local: Annotated[_Path, typer.Option("--from", help="Read these files instead of the hub's.")] = None,
     config: Annotated[_Text, typer.Option(help="Configuration of a dataset on the hub.")] = None,
     shards: Annotated[_Number, typer.Option(min=1, help="Shards of the largest split.")] = None,
-    max_shard_bytes: Annotated[int, typer.Option(min=1, help="About how large a shard is.")] = 256 * 2**20,
+    max_shard_bytes: Annotated[
+        _Number, typer.Option(min=1, help="About how large a shard is; default: 256 MiB.")
+    ] = None,
     columns: Annotated[_Text, typer.Option(help="Columns to keep: a,b,c.")] = None,
     rename: Annotated[_Texts, typer.Option(help="old=new; repeatable.")] = None,
     image_size: Annotated[_Text, typer.Option(help="Resize images: N or HxW pixels.")] = None,
@@ -60,14 +62,14 @@ def prepare_command(
 ) -> int:
     """Turn a dataset into memory-mappable shards with an index. Run again after a kill, it goes on."""
     from distdl.data.prepare.inspect import summary, summary_lines
-    from distdl.data.prepare.options import Options
+    from distdl.data.prepare.options import MAX_SHARD_BYTES, Options
     from distdl.data.prepare.run import prepare
 
     arm_from_environment(0)
     options = Options(
         config=config,
         shards=shards,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=max_shard_bytes or MAX_SHARD_BYTES,
         columns=_names(columns),
         rename=dict(_pair(text, "--rename") for text in rename or ()),
         image_size=_size(image_size),

@@ -116,7 +116,7 @@ class Detection:
         ]
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
-        axes.imshow(row[self._image], cmap="gray")
+        axes.imshow(self._pictures.shown(row[self._image]), cmap="gray")
         for one in prediction["objects"]:
             left, top, right, bottom = one["box"]
             axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top])

@@ -41,6 +41,11 @@ class Pictures:
             shape = (1, *shape)
         self.input_shape = (shape[2], *shape[:2]) if self._channels_last else shape
 
+    def shown(self, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """One image as stored -> [H, W] or [H, W, C], as a drawing wants it."""
+        channels_first = pixels.ndim == 3 and not self._channels_last
+        return (np.moveaxis(pixels, 0, -1) if channels_first else pixels).squeeze()
+
     def __call__(self, pixels: npt.NDArray[Any]) -> Tensor:
         """uint8 as stored -> float32 [N, C, H, W], 0..255 as they are."""
         if self._channels_last:

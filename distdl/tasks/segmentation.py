@@ -94,7 +94,7 @@ class Segmentation:
         return [{"mask": mask} for mask in masks]
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
-        axes.imshow(row[self._image], cmap="gray")
+        axes.imshow(self._pictures.shown(row[self._image]), cmap="gray")
         mask = prediction["mask"]
         axes.imshow(np.ma.masked_equal(mask, 0), cmap="tab10", vmin=0, vmax=self._num_classes, alpha=0.6)
         axes.set_axis_off()

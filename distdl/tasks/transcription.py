@@ -84,7 +84,7 @@ class Transcription:
         return [{"symbols": one} | ({"text": decode(one)} if decode else {}) for one in found]
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
-        axes.imshow(row[self.inputs[0]], cmap="gray")
+        axes.imshow(self._pictures.shown(row[self.inputs[0]]), cmap="gray")
         axes.set_title(prediction.get("text", str(prediction["symbols"])))
         axes.set_axis_off()
 

@@ -91,8 +91,16 @@ class Axes:
     def __init__(self) -> None:
         self.drawn: dict[str, list[float]] = {}
 
-    def plot(self, *values: Any, label: str) -> None:
+    def plot(self, *values: Any, label: str = "box") -> None:
         self.drawn[label] = np.asarray(values[-1]).tolist()
+
+    def imshow(self, picture: Any, **_: Any) -> None:
+        self.drawn.setdefault("pictures", []).append(picture.shape)  # type: ignore[arg-type]
+
+    def text(self, _x: float, _y: float, what: str) -> None:
+        self.drawn.setdefault("texts", []).append(what)  # type: ignore[arg-type]
+
+    def set_axis_off(self) -> None: ...
 
     def legend(self) -> None: ...
 
@@ -107,3 +115,23 @@ def test_a_forecast_is_drawn_after_its_history(known: bool) -> None:
     task.draw(axes, row, {"forecast": [4.0]})
     expected = {"history": [1, 2], "forecast": [4]} | ({"future": [3]} if known else {})
     assert axes.drawn == expected
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 3), (3, 8, 12)])
+def test_masks_and_boxes_are_drawn_over_their_picture(shape: tuple[int, ...]) -> None:
+    fields = {
+        "image": Field("uint8", shape),
+        "mask": Field("uint8", (8, 12)),
+        "boxes": Field("float", (None, 4)),
+        "classes": Field("int64", (None,)),
+    }
+    data = DataInfo("scenes", {"train": 1}, fields, "f")
+    seen = (8, 12) if len(shape) == 2 else (8, 12, 3)
+    masks: Any = build_task("segmentation", {"num_classes": 3}, model_factory("unet", {}), data)
+    axes = Axes()
+    masks.draw(axes, {"image": np.zeros(shape, np.uint8)}, {"mask": np.ones((8, 12), np.uint8)})
+    assert axes.drawn == {"pictures": [seen, (8, 12)]}
+    boxes: Any = build_task("detection", {"num_classes": 3}, model_factory("centernet", {}), data)
+    axes, found = Axes(), {"box": [1.0, 2.0, 5.0, 7.0], "class": 2, "score": 0.5}
+    boxes.draw(axes, {"image": np.zeros(shape, np.uint8)}, {"objects": [found]})
+    assert axes.drawn == {"pictures": [seen], "texts": ["2 0.50"], "box": [2.0, 2.0, 7.0, 7.0, 2.0]}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,17 +88,24 @@ class TestCluster:
             select.select([], [], [], 0.1)
 
 
+@contextmanager
+def running(folder: Path, nodes: int) -> Iterator[TestCluster]:
+    """A cluster of its own, as long as the block runs."""
+    made = TestCluster(folder / "state")
+    made.control("up", str(nodes))
+    try:
+        yield made
+    finally:
+        made.control("down")
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """Skips, saying why, where this machine cannot have one."""
     if missing():
         pytest.skip(missing())
-    made = TestCluster(tmp_path_factory.mktemp("cluster") / "state")
-    made.control("up", "2")
-    try:
+    with running(tmp_path_factory.mktemp("cluster"), nodes=2) as made:
         yield made
-    finally:
-        made.control("down")
 
 
 def wait_until(condition: Callable[[], object], limit_s: float, why: str) -> None:

@@ -12,7 +12,7 @@ import yaml
 from distdl.testing import worst
 from tests.faults.support import events, tensors_of, write_recipe
 from tests.runs import train_here
-from tests.slurm.conftest import TestCluster, wait_until
+from tests.slurm.conftest import TestCluster, running, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.campaign]
 
@@ -31,12 +31,8 @@ def small(folder: Path, model: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory, cluster: TestCluster) -> Iterator[TestCluster]:
     """Another cluster, beside the one of two nodes, which says whether this machine can have any."""
-    made = TestCluster(tmp_path_factory.mktemp("four") / "state")
-    made.control("up", "4")
-    try:
+    with running(tmp_path_factory.mktemp("four"), nodes=4) as made:
         yield made
-    finally:
-        made.control("down")
 
 
 @pytest.mark.timeout(300)
