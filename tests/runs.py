@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from distdl.comm import World
@@ -24,16 +25,18 @@ def topology_of(world: World) -> Topology:
     )
 
 
-def train_rank(world: World, recipe: Recipe) -> int:
+def train_rank(world: World, recipe: Recipe, allow_changed: bool = False) -> int:
     """One rank of a whole run, the last thing its world does: the run leaves the process group at its end."""
     import torch.distributed as dist
 
     from distdl.train.process import Options, train_process
 
     assert world.size == 1 or dist.is_initialized(), "the run before has left the process group"
-    return train_process(recipe, topology_of(world), Options())
+    return train_process(recipe, topology_of(world), Options(allow_changed=allow_changed))
 
 
-def train_here(recipe: Path, size: int = 2) -> None:
+def train_here(recipe: Path, size: int = 2, *overrides: str, allow_changed: bool = False) -> None:
     """Train to the end, or go on, as `distdl launch RECIPE --procs SIZE` does, several seconds faster."""
-    assert run_world(train_rank, size, load_recipe(recipe), deadline_s=600) == [0] * size
+    loaded = load_recipe(recipe, list(overrides))
+    codes = run_world(train_rank, size, loaded, allow_changed, deadline_s=600, env=dict(os.environ))
+    assert codes == [0] * size

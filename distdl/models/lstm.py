@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distdl.models.cells import make_cell
 
-Pooling = Literal["last", "mean", "max"]
+Pooling = Literal["last", "mean", "max", "attention"]
 
 
 class RecurrentLayer(nn.Module):
@@ -19,11 +19,20 @@ class RecurrentLayer(nn.Module):
     itself, and whose weights cuDNN keeps in one piece.
     """
 
-    def __init__(self, cell: str, inputs: int, hidden: int, bidirectional: bool) -> None:
+    def __init__(
+        self,
+        cell: str,
+        inputs: int,
+        hidden: int,
+        bidirectional: bool,
+        weight_drop: float = 0.0,
+        projection: int | None = None,
+    ) -> None:
         super().__init__()
-        self.onward = make_cell(cell, inputs, hidden)
-        self.reverse = make_cell(cell, inputs, hidden) if bidirectional else None
-        self.size = hidden * (2 if bidirectional else 1)
+        keys = (cell, inputs, hidden, weight_drop, projection)
+        self.onward = make_cell(*keys)
+        self.reverse = make_cell(*keys) if bidirectional else None
+        self.size = (projection or hidden) * (2 if bidirectional else 1)
 
     def forward(self, x: Tensor, mirror: Tensor | None) -> Tensor:
         """`mirror` is `mirrored(lengths, T)`; needed for two directions only."""
@@ -33,6 +42,22 @@ class RecurrentLayer(nn.Module):
         assert mirror is not None
         backwards = _take(self.reverse(_take(x, mirror))[0], mirror)
         return torch.cat([outputs, backwards], 2)
+
+
+class AttentionPooling(nn.Module):
+    """Steps [N, T, size] and which are real [N, T, 1] (bool) -> [N, size]: their mean, weighed by a score
+    that a small network gives each step (Yang et al., 2016, doi:10.18653/v1/N16-1174).
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, 1, bias=False))
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        weights = self.score(x).masked_fill(~real, -torch.inf).softmax(1)
+        # What fills up has weight 0, and may be anything: 0 times infinity would not be 0.
+        pooled: Tensor = (weights * x.masked_fill(~real, 0.0)).sum(1)
+        return pooled
 
 
 class Recurrent(nn.Module):
@@ -48,7 +73,8 @@ class Recurrent(nn.Module):
 
     `dropout` acts on every connection that is not recurrent: after the embedding, between layers and before
     the head (Zaremba et al., 2014, arXiv:1409.2329). `pooling` "last" is the state after the last real step;
-    of the reverse direction, after the first.
+    of the reverse direction, after the first. `layer_norm` normalises what each layer hands on (Ba et al.,
+    2016, arXiv:1607.06450); `weight_drop` and `projection` are those of `make_cell`.
     """
 
     def __init__(
@@ -63,16 +89,21 @@ class Recurrent(nn.Module):
         dropout: float = 0.0,
         pooling: Pooling = "last",
         features: int | None = None,
+        projection: int | None = None,
+        layer_norm: bool = False,
+        weight_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = embedding_of(vocabulary, features, embedding)
         self.layers = nn.ModuleList()
         size = embedding
         for _ in range(layers):
-            layer = RecurrentLayer(cell, size, hidden, bidirectional)
+            layer = RecurrentLayer(cell, size, hidden, bidirectional, weight_drop, projection)
             self.layers.append(layer)
             size = layer.size
         self.dropouts = nn.ModuleList(nn.Dropout(dropout) for _ in range(layers + 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for _ in range(layers))
+        self.attention = AttentionPooling(size) if pooling == "attention" else None
         self.head = nn.Linear(size, num_outputs)
         self._bidirectional = bidirectional
         self._pooling = pooling
@@ -83,8 +114,8 @@ class Recurrent(nn.Module):
         lengths = lengths.clamp(min=1)
         mirror = mirrored(lengths, tokens.shape[1]) if self._bidirectional else None
         x = self.embedding(tokens)
-        for dropout, layer in zip(self.dropouts, self.layers, strict=False):
-            x = layer(dropout(x), mirror)
+        for dropout, layer, norm in zip(self.dropouts, self.layers, self.norms, strict=False):
+            x = norm(layer(dropout(x), mirror))
         logits: Tensor = self.head(self.dropouts[-1](self._pool(x, lengths)))
         return logits
 
@@ -97,6 +128,9 @@ class Recurrent(nn.Module):
             half = x.shape[2] // 2
             return torch.cat([last[:, :half], x[:, 0, half:]], 1)
         real = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
+        if self.attention is not None:
+            pooled: Tensor = self.attention(x, real)
+            return pooled
         if self._pooling == "max":
             return x.masked_fill(~real, -torch.inf).amax(1)
         return x.masked_fill(~real, 0.0).sum(1) / lengths[:, None]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from distdl.recipe.base import (
     IMPORT_PATTERN,
     Count,
     Fraction,
     NamedSection,
+    problem,
 )
 
 
@@ -37,9 +38,27 @@ class Recurrent(NamedSection):
     dropout: Fraction = Field(
         0.0, description="Probability of dropping an activation between embedding, layers and head."
     )
-    pooling: Literal["last", "mean", "max"] = Field(
-        "last", description="What the head sees of a sequence: its last state, or all states pooled."
+    pooling: Literal["last", "mean", "max", "attention"] = Field(
+        "last",
+        description="What the head sees of a sequence: its last state, or all states pooled: their mean, the "
+        "largest of each unit, or a mean weighed by learnt attention.",
     )
+    projection: Count | None = Field(
+        None, description="Size to which an LSTM layer brings its outputs. Null: as many as its units."
+    )
+    layer_norm: bool = Field(False, description="Normalise what each layer hands on.")
+    weight_drop: Fraction = Field(0.0, description="Probability of dropping a recurrent weight.")
+
+    @model_validator(mode="after")
+    def _only_lstm_projects(self) -> Recurrent:
+        if self.projection is not None and self.name != "lstm":
+            raise problem(f"model.projection is a key of lstm alone, not of {self.name}: leave it out")
+        if self.projection is not None and self.projection >= self.hidden:
+            raise problem(
+                f"model.projection = {self.projection} is not below model.hidden = {self.hidden}: give a "
+                "smaller one, or leave it out"
+            )
+        return self
 
 
 class Cnn(NamedSection):
@@ -200,7 +219,7 @@ class LstmAutoencoder(NamedSection):
     layers: Count = Field(1, description="Recurrent layers of the encoder, and of the decoder.")
     bidirectional: bool = Field(False, description="The encoder also reads from the end to the beginning.")
     dropout: Fraction = Field(0.0, description="Probability of dropping an activation between layers.")
-    pooling: Literal["last", "mean", "max"] = Field(
+    pooling: Literal["last", "mean", "max", "attention"] = Field(
         "last", description="What the code is made of: the encoder's last state, or all states pooled."
     )
 

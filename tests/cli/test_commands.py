@@ -120,7 +120,7 @@ def test_two_launches_at_once_and_nothing_beyond_loopback(tmp_path: Path) -> Non
     commands = []
     try:
         for name in ("one", "two"):
-            recipe = write_recipe(tmp_path / name, train={"max_steps": 300, "seed": 1})
+            recipe = write_recipe(tmp_path / name, train={"max_steps": 120, "seed": 1})
             commands.append(Launched(["launch", str(recipe), "--procs", "2"]))
         for name, command in zip(("one", "two"), commands, strict=True):
             wait_for_event(tmp_path / name / "run", "first_step")

@@ -91,16 +91,13 @@ def test_a_run_that_keeps_its_checkpoints_in_a_store(tmp_path: Path, server: S3S
         arguments = ["launch", str(rough), "--procs", "2", "launch.max_restarts=0"]
         with Launched(arguments, fail_at=fault) as started:
             assert started.finish(timeout_s=120) == 70, started.output
-    with Launched(["launch", str(rough), "--procs", "2"]) as started:
-        assert started.finish(timeout_s=120) == 0, started.output
+    train_here(rough)
     resumed = [e["resumed_from"] for e in events(run, "start")]
     assert resumed == [None, "step-00000010", "step-00000030"]
     assert_same_bits(tensors_at(url), tensors_of(tmp_path / "calm" / "run"))
     assert not (run / "checkpoints").exists()
 
-    more = ["train.max_steps=50", "hardware.engine=fsdp", "--allow-changed"]
-    with Launched(["launch", str(rough), "--procs", "1", *more]) as started:
-        assert started.finish() == 0, started.output
+    train_here(rough, 1, "train.max_steps=50", "hardware.engine=fsdp", allow_changed=True)
     for place in (url, str(run)):
         assert [row["step"] for row in command("ls", place)["rows"]] == [50, 40, 30]
     assert command("verify", url)["valid"]

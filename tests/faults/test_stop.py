@@ -36,9 +36,8 @@ MOMENTS = {
 CASES = list(itertools.product(MOMENTS, TARGETS, SIGNALS))
 EVERYDAY = [
     ("step", "worker", "TERM"),
-    ("save", "launcher", "TERM"),
     ("save", "all", "USR1"),
-    ("evaluation", "worker", "USR1"),
+    ("evaluation", "launcher", "USR1"),
     ("start", "launcher", "TERM"),
 ]
 """Each moment, target and signal; the other combinations stand in the long run."""

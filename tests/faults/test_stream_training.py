@@ -23,6 +23,7 @@ from distdl.data.prepare.run import prepare
 from distdl.record import read_lines
 from distdl.testing import assert_same_bits
 from tests.faults.support import Launched, events, tensors_of, wait_for_event, write_recipe
+from tests.runs import train_here
 from tests.s3_server import S3Server, s3_server
 
 pytestmark = pytest.mark.slow
@@ -92,8 +93,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, local: Path) -> Path:
     """The run directory of the same training from disk."""
     recipe = recipe_of(tmp_path_factory.mktemp("disk"), str(local))
-    with start(recipe) as command:
-        assert command.finish() == 0, command.output
+    train_here(recipe)
     return recipe.parent / "run"
 
 
@@ -125,8 +125,7 @@ def test_a_small_cache_changes_nothing_and_holds_its_bound(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        with start(recipe_of(tmp_path, url, hardware={"cache_bytes": bound})) as command:
-            assert command.finish() == 0, command.output
+        train_here(recipe_of(tmp_path, url, hardware={"cache_bytes": bound}))
     finally:
         over.set()
         watcher.join()
@@ -190,9 +189,8 @@ def test_a_server_gone_for_good_ends_in_an_error_and_the_run_goes_on_from_disk(
     assert "/train/data-000" in command.output
     assert "hardware.retry_s" in command.output
     assert "Traceback" not in command.output
-    with start(recipe, f"data.path={local}") as again:
-        assert again.finish() == 0, again.output
-    assert "resuming" in again.output
+    train_here(recipe, 2, f"data.path={local}")
+    assert events(run, "start")[-1]["resumed_from"]
     assert_same_bits(tensors_of(run), tensors_of(undisturbed))
 
 
@@ -222,8 +220,7 @@ def test_a_stop_while_waiting_saves_and_leaves_at_once(
         server.pause(False)
     else:
         server.start()
-    with start(recipe) as again:
-        assert again.finish() == 0, again.output
+    train_here(recipe)
     assert_same_bits(tensors_of(run), tensors_of(undisturbed))
 
 

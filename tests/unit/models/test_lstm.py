@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from distdl.errors import RecipeError
 from distdl.models import model_factory
 from distdl.models.cells import CELLS
 from distdl.models.lstm import Recurrent, mirrored
+from distdl.recipe.models import Recurrent as RecurrentSection
 
 LENGTHS = torch.tensor([5, 1, 7, 3])
 
@@ -70,6 +73,70 @@ def test_equals_packed_sequences_whatever_the_padding(
     assert len(gradients[0]) == sum(p.numel() for p in model.parameters())
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-5)
+
+
+def test_attention_weighs_real_steps_alone() -> None:
+    torch.manual_seed(0)
+    model = Recurrent(20, 3, "lstm", 6, 5, 1, True, pooling="attention")
+    ids = tokens(LENGTHS, 7)
+    states = model.layers[0](model.embedding(ids), mirrored(LENGTHS, 7))
+    rows = [row[:n] for row, n in zip(states, LENGTHS, strict=True)]
+    pooled = [(model.attention.score(row).softmax(0) * row).sum(0) for row in rows]  # type: ignore[union-attr]
+    expected = model.head(torch.stack(pooled))
+    for batch in (ids, functional.pad(ids, (0, 9), value=13)):
+        torch.testing.assert_close(model(batch, LENGTHS), expected, atol=1e-6, rtol=0)
+    model(ids, LENGTHS).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.attention.parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.5])
+def test_a_projection_is_what_the_next_step_and_layer_see(dropped: float) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(20, 3, "lstm", 6, 5, 2, True, projection=2, weight_drop=dropped)
+    whole = nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True, proj_size=2)
+    whole.load_state_dict(
+        {
+            name.replace("_l0", f"_l{i}{suffix}"): value
+            for i, layer in enumerate(model.layers)
+            for part, suffix in ((layer.onward, ""), (layer.reverse, "_reverse"))
+            for name, value in part.state_dict().items()
+        }
+    )
+    model.eval()
+    ids = tokens(torch.full((4,), 7), 7)
+    ends, (state, _) = whole(model.embedding(ids))
+    assert ends.shape == (4, 7, 4)
+    expected = model.head(torch.cat([state[-2], state[-1]], 1))
+    torch.testing.assert_close(model(ids), expected, atol=1e-6, rtol=0)
+    model.train()
+    assert (not torch.equal(model(ids), model(ids))) == bool(dropped)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_layer_norm_and_weight_drop(cell: str) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(20, 3, cell, 6, 5, 2, layer_norm=True, weight_drop=0.5)
+    seen: list[Tensor] = []
+    for norm in model.norms:
+        norm.register_forward_hook(lambda m, given, made: seen.append(made))
+    ids = tokens(LENGTHS, 7)
+    assert not torch.equal(model(ids, LENGTHS), model(ids, LENGTHS))
+    assert len(seen) == 4
+    for made in seen:
+        assert made.mean(2).abs().max() < 1e-6
+    model(ids, LENGTHS).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert torch.equal(model(ids, LENGTHS), model(ids, LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"name": "gru", "projection": 8}, "lstm alone, not of gru"), ({"projection": 128}, "not below")],
+)
+def test_a_projection_that_cannot_be(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        RecurrentSection(**{"name": "lstm", **keys})
 
 
 def test_mirrored_within_each_length() -> None:
