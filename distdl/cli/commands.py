@@ -17,7 +17,7 @@ from distdl.cli.data import data_app
 from distdl.cli.slurm import launch_on_slurm, slurm_app
 from distdl.cli.ssh import launch_over_ssh
 from distdl.errors import DistdlError, PlanError
-from distdl.launch.place import Place
+from distdl.launch.place import Nodes, Place
 from distdl.lifeline import die_with_parent
 from distdl.memory import Memory
 from distdl.plan import Plan, make_plan
@@ -45,7 +45,14 @@ Procs = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="Processes on each machine; default: launch.procs, or one a GPU."),
 ]
-Nodes = Annotated[Optional[int], typer.Option(min=1, help="Machines; default: launch.nodes.")]  # noqa: UP045
+NodesAsked = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--nodes",
+        metavar="N or MIN:MAX",
+        help="Machines, or the fewest and the most of them; default: launch.nodes.",
+    ),
+]
 EngineName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--engine", help="Short for hardware.engine=NAME."),
@@ -96,7 +103,7 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     procs: Procs = None,
-    nodes: Nodes = None,
+    nodes: NodesAsked = None,
     node_rank: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Which of the nodes this is; the first is 0."),
@@ -124,10 +131,11 @@ def launch(
     allow_changed: AllowChanged = False,
 ) -> int:
     """Train with several processes; restart them from the last checkpoint if they fail."""
+    asked = Nodes.parse(nodes) if nodes is not None else None
     if on == "slurm":
         given = _overrides(overrides, engine)
         return launch_on_slurm(
-            config, given, nodes, procs, dry_run=dry_run, test_only=test_only, allow_changed=allow_changed
+            config, given, asked, procs, dry_run=dry_run, test_only=test_only, allow_changed=allow_changed
         )
     if test_only:
         raise PlanError("--test-only asks Slurm's controller; it goes with --on slurm")
@@ -138,7 +146,7 @@ def launch(
             config,
             _overrides(overrides, engine),
             hostfile=hostfile,
-            nodes=nodes,
+            nodes=asked,
             procs=procs,
             rendezvous=rendezvous,
             dry_run=dry_run,
@@ -148,17 +156,18 @@ def launch(
         from distdl.launch.heed import heed_stdin as heed
 
         heed()
-    nodes = nodes or (recipe.launch.nodes if recipe.launch.nodes > 1 else None)
+    if asked is None and recipe.launch.nodes > 1:
+        asked = Nodes.of(recipe)
     if dry_run:
-        _show_plan(recipe, _plan(recipe, nodes or 1, procs))
+        _show_plan(recipe, _plan(recipe, asked.most if asked else 1, procs))
         return errors.DONE
-    place = Place.find(nodes, node_rank, rendezvous, os.environ)
+    place = Place.find(asked, node_rank, rendezvous, os.environ)
     return _launch_node(recipe, _plan(recipe, place.nodes, procs), place, allow_changed=allow_changed)
 
 
 def _launch_node(recipe: Recipe, plan: Plan, place: Place, *, allow_changed: bool) -> int:
     from distdl.data import Feed
-    from distdl.data.feed import access_of
+    from distdl.data.description import access_of
     from distdl.launch.joining import find_ground
     from distdl.launch.server import start_server
     from distdl.record import RunDirectory
@@ -315,8 +324,7 @@ def _overrides(overrides: list[str] | None, engine: str | None) -> list[str]:
 
 
 def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:
-    from distdl.data import describe_data
-    from distdl.data.feed import access_of
+    from distdl.data.description import access_of, describe_data
 
     gpus = visible_gpus(os.environ)
     if procs is None:

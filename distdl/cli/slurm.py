@@ -13,6 +13,7 @@ import typer
 from distdl import errors
 from distdl.errors import DataError, EnvironmentProblem
 from distdl.launch.logs import tail
+from distdl.launch.place import Nodes
 from distdl.launch.slurm.client import ask
 from distdl.launch.slurm.profile import load_with_profile
 from distdl.launch.slurm.script import Job, sbatch_text
@@ -32,7 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 def launch_on_slurm(
     config: str,
     overrides: list[str],
-    nodes: int | None,
+    asked: Nodes | None,
     procs: int | None,
     *,
     dry_run: bool,
@@ -42,11 +43,11 @@ def launch_on_slurm(
     """Print the job's script, ask the controller about it, or submit it."""
     recipe, profile = load_with_profile(config, overrides, os.environ)
     slurm = recipe.launch.slurm
-    nodes = nodes or recipe.launch.nodes
+    nodes = asked or Nodes.of(recipe)
     if procs is None:
         procs = recipe.launch.procs if recipe.launch.procs != "auto" else slurm.gpus or 1
     job = Job.of(recipe, config, overrides, nodes, procs, sys.executable, allow_changed=allow_changed)
-    _check_plan(recipe, Topology.of(nodes, procs, cpus=slurm.cpus, gpus=slurm.gpus or 0))
+    _check_plan(recipe, Topology.of(nodes.most, procs, cpus=slurm.cpus, gpus=slurm.gpus or 0))
     if dry_run:
         _print([sbatch_text(job)[:-1]])
         return errors.DONE
@@ -62,8 +63,7 @@ def launch_on_slurm(
 
 def _check_plan(recipe: Recipe, topology: Topology) -> None:
     """What the plan refuses is refused here, and not when the job has waited for its nodes."""
-    from distdl.data import describe_data
-    from distdl.data.feed import access_of
+    from distdl.data.description import access_of, describe_data
     from distdl.plan import make_plan
 
     try:

@@ -9,7 +9,7 @@ import sys
 
 from distdl import errors
 from distdl.errors import PlanError
-from distdl.launch.place import Endpoint
+from distdl.launch.place import Endpoint, Nodes
 from distdl.launch.ssh.command import Launch, command_lines, environment
 from distdl.launch.ssh.hostfile import read_hosts
 from distdl.launch.ssh.run import run
@@ -22,7 +22,7 @@ def launch_over_ssh(
     overrides: list[str],
     *,
     hostfile: str | None,
-    nodes: int | None,
+    nodes: Nodes | None,
     procs: int | None,
     rendezvous: str | None,
     dry_run: bool,
@@ -34,9 +34,14 @@ def launch_over_ssh(
     if path is None:
         raise PlanError("--on ssh needs --hostfile FILE, with lines such as: node01 slots=8")
     hosts = read_hosts(path)
-    if nodes is not None and nodes > len(hosts):
+    if nodes is not None and nodes.elastic:
+        raise PlanError(
+            f"--nodes {nodes} with --on ssh: all hosts are needed there; start the launchers one by one "
+            "(docs/several-nodes.md) for a run that goes on with those that are left"
+        )
+    if nodes is not None and nodes.most > len(hosts):
         raise PlanError(f"--nodes {nodes}: {path} has {len(hosts)} hosts")
-    hosts = hosts[:nodes]
+    hosts = hosts[: nodes.most] if nodes else hosts
     if procs is None and recipe.launch.procs != "auto":
         procs = recipe.launch.procs
     # Below the ports that kernels hand out, and another for every run: two runs may share a host.

@@ -114,6 +114,11 @@ def data_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get(DATA_VARIABLE) or "data").expanduser()
 
 
+def is_embedded(folder: Path) -> bool:
+    """Whether it is one of those that come with this package."""
+    return folder.is_relative_to(_EMBEDDED)
+
+
 def locate(name: str | None, path: str | Path | None, environ: Mapping[str, str] = os.environ) -> Path:
     """The folder of the dataset `name` (a catalogue name or hub id) or `path`; give exactly one.
 

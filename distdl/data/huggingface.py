@@ -18,9 +18,7 @@ import pyarrow as pa
 from distdl.data.index import Column
 from distdl.samples import Field
 
-STATE_FILE = "state.json"
 INFO_FILE = "dataset_info.json"
-DICT_FILE = "dataset_dict.json"
 
 Features = dict[str, Any]
 """Column -> the JSON of its feature, such as {"dtype": "uint8", "_type": "Value"}."""

@@ -26,6 +26,7 @@ from distdl import samples
 from distdl.errors import DataError
 
 INDEX_FILE = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
 _OWN_HASH = re.compile(r'"index_hash": "([0-9a-f]{32})"')
 _NO_HASH = '"index_hash": "' + "0" * 32 + '"'
 FORMAT = "distdl-dataset"

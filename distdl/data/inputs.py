@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distdl.data.huggingface import feature_of, with_features
-from distdl.data.index import INDEX_FILE
+from distdl.data.index import INDEX_FILE, TOKENIZER_FILE
 from distdl.data.opening import Ready, open_split, ready
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
@@ -24,8 +24,6 @@ from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import Batch, Rows
 from distdl.errors import DataError
 from distdl.samples import Field
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)

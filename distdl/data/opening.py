@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distdl.data.catalogue import locate, title
+from distdl.data.files_info import info_of
 from distdl.data.folders import parquet_splits
 from distdl.data.huggingface import columns_of
 from distdl.data.index import INDEX_FILE, Column, Index, SplitFiles, read_index, resolve
-from distdl.data.info import info_of, is_url, prepared_info
+from distdl.data.info import is_url, prepared_info
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.readers import source_of
 from distdl.data.prepare.run import prepare

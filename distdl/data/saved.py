@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from distdl.data.folders import Splits
-from distdl.data.huggingface import DICT_FILE, STATE_FILE
 from distdl.errors import DataError
+
+STATE_FILE = "state.json"
+DICT_FILE = "dataset_dict.json"
 
 
 def is_saved(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
+from distdl import errors
 from distdl.launch.failure import Casualty, find_failure, first_failure, lost_node, write_failure
 from distdl.launch.peers import End, NodeLost
 from distdl.launch.rendezvous import Meeting
@@ -33,6 +34,7 @@ logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
 
 
+STOPS = (errors.STOPPED, errors.STOPPED_BEFORE_START)
 _STOPPING = "\n{}: stopping at the next step boundary, all ranks together (Ctrl-C twice ends at once)\n"
 
 
@@ -64,7 +66,8 @@ class RunAgent(LocalElasticAgent):
     SIGKILL, so that SIGTERM only ever means a request to stop; a step gained beyond all earlier attempts
     refills the restart budget; signals are held back while workers are being started and are then passed on,
     so that none is lost. With several nodes, all agents hear how an attempt ended on each of them and draw
-    the same conclusions; node 0 writes them down.
+    the same conclusions; node 0 writes them down. In an elastic crew a lost node is such an end, and one that
+    comes has the attempt end at a step boundary, so that the next begins with it.
     """
 
     def __init__(
@@ -74,11 +77,13 @@ class RunAgent(LocalElasticAgent):
         self._meeting = meeting
         self._peers = meeting.peers
         meeting.meanwhile = self._stop_while_down
+        meeting.progress = lambda: (self._remaining_restarts, self._furthest)
         self._directory = directory
         self._order = order
         self._furthest = 0
         self._interrupts = 0
         self._ended = False
+        self._growing = False
         self._finished: RunResult | None = None
         self.attempt = directory.path
         self.stop_signal: signal.Signals | None = None
@@ -141,15 +146,21 @@ class RunAgent(LocalElasticAgent):
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
         """Ranks in the order of nodes. The parent asks the store, and would wait there for a lost node."""
-        procs = [begin.procs for begin in self._meeting.begins]
+        procs = [member.procs for member in self._peers.round.members]
         first, world = sum(procs[:group_rank]), sum(procs)
         return [Worker(i, first + i, first + i, world, world) for i in range(procs[group_rank])]
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with requests_held():
-            self.attempt = self._directory.attempts / str(self._meeting.begins[0].attempt)
+            agreed = self._peers.round
+            self.attempt = self._directory.attempts / agreed.attempt
             (self.attempt / "logs").mkdir(parents=True, exist_ok=True)
-            self._ended, self._finished = False, None
+            self._ended, self._growing, self._finished = False, False, None
+            # What a node that has just come cannot know.
+            self._remaining_restarts, self._furthest = agreed.restarts_left, agreed.furthest
+            if self._peers.crew.elastic and self._peers.node == 0:
+                members = [member.node for member in agreed.members]
+                self._directory.event("nodes", nodes=members, attempt=agreed.attempt)
             worker_group.spec.args = (self._order(self.attempt),)
             started: dict[int, Any] = super()._start_workers(worker_group)
             self.install_handlers()  # the parent class may have installed others
@@ -161,10 +172,22 @@ class RunAgent(LocalElasticAgent):
         ends = self._peers.ends()
         if ends is None:
             self._share_stop()
+            self._let_newcomers_in()
             if not self._ended:
                 self._watch(worker_group)
             ends = self._peers.ends()
         return RunResult(WorkerState.HEALTHY) if ends is None else self._conclude(ends)
+
+    def _let_newcomers_in(self) -> None:
+        """Node 0: have the workers save at a step boundary and leave, as for a stop that is none."""
+        if self._growing or self._ended or self._peers.node != 0 or self.stop_signal is not None:
+            return
+        if newcomers := self._peers.newcomers():
+            self._growing = True
+            self._peers.tell_grow()
+            names = f"node{'s' * (len(newcomers) > 1)} {', '.join(map(str, newcomers))}"
+            self._tell(f"{names} came: saving at the next step boundary, to go on together")
+            self._pass_on(signal.SIGUSR1)
 
     def _watch(self, worker_group: WorkerGroup) -> None:
         """Once the attempt has ended on this node, say how."""
@@ -186,7 +209,7 @@ class RunAgent(LocalElasticAgent):
         self._ended = True
         step, phase, _ = Heartbeat.read(self.attempt / "heartbeat")
         stopping = self.stop_signal is not None
-        self._peers.say_end(End(self._peers.round, code, failure, stopping, step, phase))
+        self._peers.say_end(End(self._peers.round.number, code, failure, stopping, step, phase))
 
     def _find_casualties(self) -> list[Casualty]:
         processes = self._pcontext._pc.processes if self._pcontext and self._pcontext._pc else []  # type: ignore[attr-defined]
@@ -196,16 +219,22 @@ class RunAgent(LocalElasticAgent):
     def _conclude(self, ends: list[End]) -> RunResult:
         """The same on every node: all are done, or all start again or give up."""
         failures = [end.failure for end in ends if end.failure is not None]
+        code = max(end.code or 0 for end in ends)
+        stopping = any(end.stopping for end in ends)
+        if not failures and self._peers.growing and code in STOPS and not stopping:
+            self.failure = None
+            self._remaining_restarts += 1  # the parent class takes one, and nothing has failed
+            return RunResult(WorkerState.FAILED)
         if not failures:
             assert self._finished is not None
-            self.code = max(end.code or 0 for end in ends)
+            self.code = code
             return self._finished
         step = ends[0].step
         self.failure = first_failure(failures, step, ends[0].phase)
         gained, self._furthest = step > self._furthest, max(step, self._furthest)
         if gained:
             self._remaining_restarts = self._worker_group.spec.max_restarts
-        if any(end.stopping for end in ends) and self.stop_signal is None:
+        if stopping and self.stop_signal is None:
             self.stop_signal = signal.SIGTERM
         if self._peers.node == 0:
             self._write_down(self.failure)
@@ -222,25 +251,28 @@ class RunAgent(LocalElasticAgent):
         step, phase, _ = Heartbeat.read(self.attempt / "heartbeat")
         self.failure = lost_node(lost.node, lost.host, step, phase)
         if self._peers.node == 0:
-            if self._meeting.begins:
+            if self._peers.round.number:
                 write_failure(self.attempt, self.failure)
             self._directory.event("node_lost", node=lost.node, lost_host=lost.host, step=step)
         return self.failure
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._stop_while_down()
-        assert self.failure is not None
         self._stop_workers(worker_group)  # whoever reads of a restart finds nobody of the attempt before
-        if self._peers.node == 0:
-            text = f"{self.blamed()} {self.failure['cause']}; restarting from the last checkpoint"
-            with contextlib.suppress(OSError):  # whoever read along may have gone away
-                print(text, flush=True)  # noqa: T201
+        if self._peers.node == 0 and self.failure is not None:
+            self._tell(f"{self.blamed()} {self.failure['cause']}; restarting from the last checkpoint")
             self._directory.event("restart", after=self.attempt.name)
         super()._restart_workers(worker_group)
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # whoever read along may have gone away
+            print(text, flush=True)  # noqa: T201
 
     def blamed(self) -> str:
         """The rank that failed, as messages begin; with its node where there are several."""
         failure = self.failure or {"rank": "?", "node": 0, "host": "?"}
+        if failure["rank"] is None:
+            return f"[node {failure['node']}]"
         where = f" on node {failure['node']} ({failure['host']})" if self._peers.nodes > 1 else ""
         return f"[rank {failure['rank']}{where}]"
 

@@ -68,6 +68,7 @@ def lost_node(node: int, host: str | None, step: int, phase: str) -> dict[str, A
         "log": None,
         "log_tail": "",
         "all_failed": [],
+        "order": (-1, 0.0),
     }
 
 

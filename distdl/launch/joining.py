@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from distdl.errors import EnvironmentProblem
 from distdl.launch.address import connect, interface_towards, is_a_trap, listen, resolve
-from distdl.launch.peers import Peers
-from distdl.launch.place import Place
+from distdl.launch.peers import Crew, Peers
+from distdl.launch.place import Nodes, Place
 from distdl.launch.relay import Alone, Hub, Link
 from distdl.recipe import Recipe, recipe_hash
 from distdl.version import __version__
@@ -54,19 +54,22 @@ def joined(ground: Ground, recipe: Recipe, say: Callable[[str], None]) -> Iterat
     if at is None:
         yield Peers(Alone()), ground.addresses[0]
         return
+    crew = Crew(place.nodes, place.fewest or place.nodes, recipe.launch.gather_s, recipe.launch.timeout_s)
     identity = {
         "recipe": recipe_hash(recipe),
-        "--nodes": str(place.nodes),
+        "--nodes": str(Nodes(place.nodes, place.fewest)),
         "distdl": __version__,
     }
-    hub = Hub(ground.listener, identity) if ground.listener is not None else None
-    if hub is not None:
+    hub = None
+    if ground.listener is not None:
+        hub = Hub(ground.listener, identity, come_back=crew.elastic)
         hub.start()
     connection = connect(at, list(ground.addresses), recipe.launch.timeout_s, say)
     address = str(connection.getpeername()[0])
-    peers = Peers(Link(connection, place.node, identity), place.node, place.nodes)
+    peers = Peers(Link(connection, place.node, identity), place.node, crew)
     try:
-        _wait_for_all(peers, place, recipe.launch.timeout_s, say)
+        if place.node == 0 or not crew.elastic:  # of an elastic crew, node 0 says when it begins
+            _wait_for_all(peers, place, crew, say)
         yield peers, address
     finally:
         peers.leave()
@@ -74,10 +77,13 @@ def joined(ground: Ground, recipe: Recipe, say: Callable[[str], None]) -> Iterat
             hub.close()
 
 
-def _wait_for_all(peers: Peers, place: Place, limit_s: float, say: Callable[[str], None]) -> None:
+def _wait_for_all(peers: Peers, place: Place, crew: Crew, say: Callable[[str], None]) -> None:
     began, told = time.monotonic(), False
     while missing := peers.missing():
         waited = time.monotonic() - began
+        if crew.nodes - len(missing) >= crew.least and crew.elastic and waited > crew.gather_s:
+            return
+        limit_s = crew.timeout_s
         names = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {place.nodes}"
         if waited > limit_s:
             raise EnvironmentProblem(

@@ -11,7 +11,7 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 from distdl import errors
 from distdl.launch.agent import RunAgent, StoppedWhileDown
 from distdl.launch.joining import Ground, joined
-from distdl.launch.peers import NodeLost, Peers
+from distdl.launch.peers import NodeLost, Peers, TooFew
 from distdl.launch.rendezvous import Meeting
 from distdl.launch.worker import WorkOrder, work
 from distdl.plan import Plan
@@ -68,6 +68,10 @@ def _run(
             f"{agent.note_loss(lost)['cause']}. The run has ended on every node; start it again on all of "
             "them, and it goes on from the last checkpoint"
         ) from lost
+    except TooFew as few:
+        raise errors.LaunchError(
+            f"{few}; start the run again, and it goes on from the last checkpoint"
+        ) from few
     if result.state is WorkerState.SUCCEEDED:
         return agent.code
     if agent.stop_signal is not None:

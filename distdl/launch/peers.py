@@ -1,14 +1,16 @@
-"""What the agents of a run agree on: when an attempt begins, how it ended, and that all are to stop."""
+"""What the agents of a run agree on: who takes part in an attempt, how it ended, and that all are to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distdl.launch.relay import LOST, Alone, Link
+from distdl.launch.failure import lost_node
+from distdl.launch.relay import BACK, LOST, Alone, Link
 
-_HERE, _BEGIN, _END, _STOP = "here", "begin", "end", "stop"
+_HERE, _READY, _ROUND, _GROW, _END, _STOP = "here", "ready", "round", "grow", "end", "stop"
 _WAIT_S = 0.05
 
 
@@ -21,14 +23,67 @@ class NodeLost(Exception):
         self.host = host
 
 
-@dataclass(frozen=True)
-class Begin:
-    """What a node brings to an attempt; node 0 also the attempt's name and the port of the workers' store."""
+class TooFew(Exception):
+    """Fewer nodes than the run needs are left, and no other came."""
 
-    round: int
+
+@dataclass(frozen=True)
+class Crew:
+    """How many nodes a run has: `nodes` at most, and where `least` is fewer, whoever is there of them.
+
+    `gather_s`: how long node 0 waits for the rest once `least` are there; `timeout_s`: for `least`.
+    """
+
+    nodes: int = 1
+    least: int = 1
+    gather_s: float = 0.0
+    timeout_s: float = 600.0
+
+    @property
+    def elastic(self) -> bool:
+        return self.least < self.nodes
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node of a round. `life` counts how often it has come back: it is no longer the member if it has."""
+
+    node: int
     procs: int
-    attempt: str | None = None
-    port: int | None = None
+    life: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One attempt, as node 0 says it: who takes part, in the order of nodes, what it is called, the port of
+    the workers' store, and how far the run and its budget of restarts are, which a newcomer cannot know.
+    """
+
+    number: int
+    members: tuple[Member, ...]
+    attempt: str
+    port: int
+    restarts_left: int
+    furthest: int
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Round:
+        """From what was sent."""
+        return cls(**{**said, "members": tuple(Member(**member) for member in said["members"])})
+
+    def has(self, node: int, life: int) -> bool:
+        """Whether it is a member, in its present life."""
+        return any((m.node, m.life) == (node, life) for m in self.members)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What node 0 brings to a round."""
+
+    attempt: str
+    port: int
+    restarts_left: int
+    furthest: int
 
 
 @dataclass(frozen=True)
@@ -46,57 +101,95 @@ class End:
 
 
 class Peers:
-    """One agent's view of all agents. Nodes keep step by rounds: the attempts, counted from 1."""
+    """One agent's view of all agents. Nodes keep step by rounds: the attempts, counted from 1.
 
-    def __init__(self, link: Link | Alone, node: int = 0, nodes: int = 1) -> None:
+    Every node hears everything in one order (`Hub`), so all draw the same conclusions.
+    """
+
+    def __init__(self, link: Link | Alone, node: int = 0, crew: Crew | None = None) -> None:
         self.node = node
-        self.nodes = nodes
-        self.round = 0
+        self.crew = crew or Crew()
+        self.round = Round(0, (), "", 0, 0, 0)
         self._link = link
+        self._wanted = 1
         self._stop_told = False
         link.say(_HERE, True)
 
-    def begin(
-        self, procs: int, attempt: str | None, port: int | None, meanwhile: Callable[[], None]
-    ) -> list[Begin]:
-        """Begin the next attempt with all nodes; returns what each brings, in the order of nodes.
+    @property
+    def nodes(self) -> int:
+        """How many take part in this round; before the first, how many are asked for."""
+        return len(self.round.members) or self.crew.nodes
 
-        Blocks until all are there, and calls `meanwhile` again and again. Raises NodeLost.
+    def begin(self, procs: int, opening: Opening | None, meanwhile: Callable[[], None]) -> Round:
+        """Begin the next attempt; node 0 brings its `opening`, and says who takes part: all nodes, and in an
+        elastic crew all that are there.
+
+        Blocks until then, and calls `meanwhile` again and again. Raises NodeLost; on node 0, TooFew.
         """
-        self.round += 1
-        self._link.say(_BEGIN, asdict(Begin(self.round, procs, attempt, port)))
-        while (found := self._all(_BEGIN)) is None:
+        self._wanted = self.round.number + 1
+        self._ready(procs)
+        began, announced = time.monotonic(), False
+        while True:
+            found = self._round()
+            if found is not None and found.number >= self._wanted:
+                if found.has(self.node, self._link.life):
+                    break
+                self._wanted = found.number + 1  # it began without this node, which may be in the next
+                self._ready(procs)
             self._check_lost()
             meanwhile()
+            if opening is not None and not announced:
+                members = self._gathered(time.monotonic() - began)
+                if members is not None:
+                    announced = True
+                    self._link.say(_ROUND, asdict(Round(self._wanted, members, **vars(opening))))
             self._link.listen(_WAIT_S)
-        return [Begin(**said) for said in found]
+        self.round = found
+        return found
 
     def say_end(self, end: End) -> None:
         """Tell the others how this attempt ended here."""
         self._link.say(_END, asdict(end))
 
     def ends(self) -> list[End] | None:
-        """How the attempt ended on each node; None while one is missing. Raises NodeLost."""
+        """How the attempt ended on each node; None while one is missing. A lost node of an elastic crew has
+        failed. Raises NodeLost.
+        """
         self._link.listen()
-        found = self._all(_END)
-        if found is None:
-            self._check_lost(unless_said=_END)
-        return None if found is None else [End(**said) for said in found]
+        ends = [self._end_of(member) for member in self.round.members]
+        found = [end for end in ends if end is not None]
+        if len(found) < len(ends):
+            self._check_lost(unless_ended=True)
+            return None
+        return found
 
     @property
     def failed(self) -> bool:
-        """Whether a node has said that the attempt failed there."""
-        said = self._link.heard.get(_END, {}).values()
-        return any(end["failure"] is not None for end in said if end["round"] == self.round)
+        """Whether the attempt has failed on any node."""
+        ends = [self._end_of(member) for member in self.round.members]
+        return any(end is not None and end.failure is not None for end in ends)
 
     def missing(self) -> list[int]:
         """The nodes that have not come yet; waits a moment for them. Raises NodeLost."""
         here = self._link.heard.get(_HERE, {})
-        absent = [n for n in range(self.nodes) if n not in here]
+        absent = [n for n in range(self.crew.nodes) if n not in here]
         if absent:
             self._check_lost()
             self._link.listen(_WAIT_S)
         return absent
+
+    def newcomers(self) -> list[int]:
+        """The nodes that wait for the next round while this one goes on."""
+        return [n for n in self._link.heard.get(_READY, {}) if self._is_ready(n, self.round.number + 1)]
+
+    def tell_grow(self) -> None:
+        """Node 0: this round ends at a step boundary, so that newcomers can take part in the next."""
+        self._link.say(_GROW, self.round.number)
+
+    @property
+    def growing(self) -> bool:
+        """Whether that was said of this round."""
+        return bool(self._link.heard.get(_GROW, {}).get(0) == self.round.number)
 
     def tell_stop(self, name: str) -> None:
         """Tell the others that this node was asked to stop, by the signal of that name; once."""
@@ -113,14 +206,50 @@ class Peers:
         """Say nothing more."""
         self._link.close()
 
-    def _all(self, key: str) -> list[dict[str, Any]] | None:
-        said = self._link.heard.get(key, {})
-        mine = [said[n] for n in range(self.nodes) if n in said and said[n]["round"] == self.round]
-        return mine if len(mine) == self.nodes else None
+    def _ready(self, procs: int) -> None:
+        self._link.say(_READY, {"round": self._wanted, "procs": procs, "life": self._link.life})
 
-    def _check_lost(self, unless_said: str | None = None) -> None:
-        """`unless_said`: who has said that in this round is no longer needed."""
+    def _round(self) -> Round | None:
+        said = self._link.heard.get(_ROUND, {}).get(0)
+        return None if said is None else Round.of(said)
+
+    def _gathered(self, waited_s: float) -> tuple[Member, ...] | None:
+        """Who takes part in the next round; None while somebody is waited for. Raises TooFew."""
+        heard = self._link.heard
+        here, ready = heard.get(_HERE, {}), heard.get(_READY, {})
+        present = sorted(n for n in here if n not in heard.get(LOST, {}))
+        awaited = [n for n in present if not self._is_ready(n, self._wanted)]
+        if len(present) < self.crew.least and waited_s > self.crew.timeout_s:
+            raise TooFew(
+                f"{len(present)} of at least {self.crew.least} nodes are left, and no other came within "
+                f"{self.crew.timeout_s:g} s (launch.timeout_s)"
+            )
+        if awaited or len(present) < self.crew.least:
+            return None
+        return tuple(Member(n, ready[n]["procs"], self._lives(n)) for n in present)
+
+    def _is_ready(self, node: int, number: int) -> bool:
+        said = self._link.heard.get(_READY, {}).get(node)
+        alive = node not in self._link.heard.get(LOST, {})
+        return said is not None and alive and (said["round"], said["life"]) == (number, self._lives(node))
+
+    def _lives(self, node: int) -> int:
+        return int(self._link.heard.get(BACK, {}).get(node, 0))
+
+    def _end_of(self, member: Member) -> End | None:
+        said = self._link.heard.get(_END, {}).get(member.node)
+        if said is not None and said["round"] == self.round.number:
+            return End(**said)
+        lost = self._link.heard.get(LOST, {})
+        gone = member.node in lost or self._lives(member.node) != member.life  # it may be back already
+        if not gone or not self.crew.elastic or member.node == 0:
+            return None
+        return End(self.round.number, failure=lost_node(member.node, lost.get(member.node), 0, ""))
+
+    def _check_lost(self, *, unless_ended: bool = False) -> None:
+        """Raise NodeLost for one that the run cannot do without; who has said how it ended may leave."""
         for node, host in self._link.heard.get(LOST, {}).items():
-            said = self._link.heard.get(unless_said, {}) if unless_said else {}
-            if node not in said or said[node]["round"] != self.round:
+            said = self._link.heard.get(_END, {}).get(node) if unless_ended else None
+            ended = said is not None and said["round"] == self.round.number
+            if not ended and (node == 0 or not self.crew.elastic):
                 raise NodeLost(node, host)

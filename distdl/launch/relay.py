@@ -19,8 +19,10 @@ from distdl.errors import EnvironmentProblem
 from distdl.launch.address import keep_alive
 
 Json = Any
-LOST = "lost"
-"""What the hub says of a node whose connection has ended; the value is its host."""
+LOST, BACK = "lost", "back"
+"""What the hub says of a node whose connection has ended (the value is its host), and of one that has come
+again, which is lost no longer (the value says how often).
+"""
 
 _LONGEST = 1 << 22  # bytes of a line; a traceback and the end of a log are far shorter
 _HELLO_S = 10.0
@@ -64,13 +66,17 @@ class Hub(threading.Thread):
     """Passes on to every node what each one says. Lives beside node 0, in a thread of its own.
 
     A node is let in by its hello: its number, its host, and `identity`, which must be the hub's own (the
-    recipe's hash, the number of nodes): nodes that would train different things never meet.
+    recipe's hash, the number of nodes): nodes that would train different things never meet. Where nodes may
+    `come_back`, one that was lost is let in again.
     """
 
-    def __init__(self, listener: socket.socket, identity: Mapping[str, str]) -> None:
+    def __init__(
+        self, listener: socket.socket, identity: Mapping[str, str], *, come_back: bool = False
+    ) -> None:
         super().__init__(name="distdl-hub", daemon=True)
         self._listener = listener
         self._identity = dict(identity)
+        self._come_back = come_back
         self._strangers: set[Lines] = set()
         self._members: dict[int, Lines] = {}
         self._hosts: dict[int, str] = {}
@@ -116,24 +122,31 @@ class Hub(threading.Thread):
 
     def _admit(self, lines: Lines, hello: Json) -> None:
         refused = self._refusal(hello)
-        lines.write({"refused": refused})
         if refused is not None:
+            lines.write({"refused": refused})
             return
+        node = hello["node"]
+        life = self._said.get((node, BACK), 0)
+        if self._said.pop((node, LOST), None) is not None:
+            life += 1
+            self._say(node, BACK, life)
+        lines.write({"refused": None, "life": life})
         self._strangers.remove(lines)
-        for (node, key), value in self._said.items():
-            lines.write({"node": node, "key": key, "value": value})
-        self._members[hello["node"]] = lines
-        self._hosts[hello["node"]] = hello["host"]
+        for (who, key), value in self._said.items():
+            lines.write({"node": who, "key": key, "value": value})
+        self._members[node] = lines
+        self._hosts[node] = hello["host"]
 
     def _refusal(self, hello: Json) -> str | None:
         try:
             node, host, identity = int(hello["node"]), str(hello["host"]), dict(hello["identity"])
         except (KeyError, TypeError, ValueError):
             return "this is where the nodes of a distdl run meet"
-        if node in self._hosts:
+        if node in self._hosts and not (self._come_back and node not in self._members):
+            again = ". A machine that was switched off is missed within 30 s: then it can come back"
             return (
                 f"node {node} is {self._hosts[node]}, and {host} says that it is too: give every node a "
-                "--node-rank of its own"
+                f"--node-rank of its own{again if self._come_back else ''}"
             )
         for name, mine in self._identity.items():
             if identity.get(name) != mine:
@@ -173,6 +186,8 @@ class Link:
             messages = self._lines.read()
         connection.settimeout(None)
         refused = messages[0].get("refused", _STRANGER) if messages else _STRANGER
+        self.life = int(messages[0].get("life", 0)) if messages else 0
+        """How often this node has come back."""
         if refused is not None:
             connection.close()
             raise EnvironmentProblem(refused)
@@ -197,10 +212,14 @@ class Link:
     def _take(self, messages: list[Json]) -> None:
         for message in messages:
             self.heard.setdefault(message["key"], {})[message["node"]] = message["value"]
+            if message["key"] == BACK:
+                self.heard.get(LOST, {}).pop(message["node"], None)
 
 
 class Alone:
     """The link of a single node: it hears what it says."""
+
+    life = 0
 
     def __init__(self) -> None:
         self.heard: dict[str, dict[int, Json]] = {}

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from distdl.launch.peers import Begin, Peers
+from distdl.launch.peers import Opening, Peers
 
 
 class Meeting(RendezvousHandler):
-    """A fixed number of nodes; `address` is node 0's, on which the workers' store listens, and nowhere else.
+    """All nodes, or those that are there. `address` is node 0's: there the workers' store listens alone.
 
     The kernel chooses the port and the socket goes to the store already bound, so two launches never meet on
     one. Each attempt gets a store of its own: workers that reconnect to the port of an attempt before them
@@ -23,7 +23,8 @@ class Meeting(RendezvousHandler):
         self, peers: Peers, address: str, run_id: str, procs: int, name_attempt: Callable[[], str]
     ) -> None:
         self.peers = peers
-        self.begins: list[Begin] = []
+        self.progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """Node 0's restarts left, and the furthest step."""
         self.meanwhile: Callable[[], None] = lambda: None
         self._name_attempt = name_attempt
         self._address = address
@@ -32,11 +33,14 @@ class Meeting(RendezvousHandler):
         self._store: TCPStore | None = None
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Blocks until every node is there. Raises NodeLost."""
-        attempt, port = (self._name_attempt(), self._open_store()) if self.peers.node == 0 else (None, None)
-        self.begins = self.peers.begin(self._procs, attempt, port, self.meanwhile)
-        where = RendezvousStoreInfo(self._address, int(self.begins[0].port or 0))
-        return RendezvousInfo(self._store or HashStore(), self.peers.node, self.peers.nodes, where)
+        """Blocks until the next round begins. Raises NodeLost, TooFew."""
+        opening = None
+        if self.peers.node == 0:
+            opening = Opening(self._name_attempt(), self._open_store(), *self.progress())
+        round_ = self.peers.begin(self._procs, opening, self.meanwhile)
+        group = [member.node for member in round_.members].index(self.peers.node)
+        where = RendezvousStoreInfo(self._address, round_.port)
+        return RendezvousInfo(self._store or HashStore(), group, len(round_.members), where)
 
     def _open_store(self) -> int:
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET

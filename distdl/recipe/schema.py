@@ -232,11 +232,26 @@ class Launch(Section):
     """Processes, and what happens when one fails."""
 
     nodes: Count = Field(1, description="Machines that share the run.")
+    min_nodes: Count | None = Field(
+        None, description="Fewest of them with which it begins and goes on. Null: all."
+    )
+    gather_s: Positive = Field(
+        30.0, description="Seconds that the first min_nodes wait for the rest before they begin."
+    )
     procs: Literal["auto"] | Count = Field("auto", description="Processes on each machine.")
     max_restarts: Natural = Field(3, description="Failures in a row, with no step gained, that are survived.")
     timeout_s: Positive = Field(600.0, description="Seconds that a process waits for the others.")
     ssh: Ssh = Field(default_factory=Ssh, description="How other machines are reached (--on ssh).")
     slurm: Slurm = Field(default_factory=Slurm, description="What is asked of Slurm (--on slurm).")
+
+    @model_validator(mode="after")
+    def _range(self) -> Launch:
+        if self.min_nodes is not None and self.min_nodes >= self.nodes:
+            raise problem(
+                f"launch.min_nodes = {self.min_nodes} is not below launch.nodes = {self.nodes}: leave it "
+                "out, or say with how many more the run may go on (launch.nodes)"
+            )
+        return self
 
 
 class Checkpoint(_Every):

@@ -13,7 +13,7 @@ from distdl.checkpoint.read import find_latest, verify
 from distdl.comm import World, together
 from distdl.comm.world import leave
 from distdl.data import Feed, Rows
-from distdl.data.feed import access_of
+from distdl.data.description import access_of
 from distdl.data.table.rows import close
 from distdl.engines import Engine
 from distdl.errors import CheckpointError, DistdlError

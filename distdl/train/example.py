@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distdl.data import Feed, describe_data
-from distdl.data.feed import access_of
+from distdl.data import Feed
+from distdl.data.description import access_of, describe_data
 from distdl.data.table.rows import close
 from distdl.errors import RecipeError
 from distdl.keys import key, seed_everything

@@ -18,7 +18,7 @@ from distdl.checkpoint.folders import name_of, shown
 from distdl.checkpoint.store import store_at
 from distdl.comm import PeerFailed, together
 from distdl.comm.world import leave
-from distdl.data.feed import access_of
+from distdl.data.description import access_of
 from distdl.errors import DistdlError, Stopped
 from distdl.observe.failure import is_consequence, report_failure
 from distdl.observe.summary import show_summary

@@ -20,8 +20,8 @@ from distdl.checkpoint.store import store_at
 from distdl.comm import World, share_problem, together
 from distdl.comm.together import alone
 from distdl.comm.world import meet
-from distdl.data import Feed, Rows, describe_data
-from distdl.data.feed import access_of, from_anywhere
+from distdl.data import Feed, Rows
+from distdl.data.description import access_of, describe_data, from_anywhere
 from distdl.engines import Engine, build_engine
 from distdl.engines.compiled import check_compiler
 from distdl.errors import EnvironmentProblem, RecipeError, nearest

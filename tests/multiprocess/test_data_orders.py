@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from distdl.data import Feed, describe_data
+from distdl.data import Feed
+from distdl.data.description import describe_data
 from distdl.plan import Plan, make_plan
 from distdl.recipe import Recipe, parse_recipe
 from distdl.samples import packed_rows

@@ -19,7 +19,7 @@ from torch.nn import functional
 from distdl import errors
 from distdl.checkpoint.manifest import step_name
 from distdl.comm import World
-from distdl.data import describe_data
+from distdl.data.description import describe_data
 from distdl.errors import RecipeError
 from distdl.keys import key, seed_everything
 from distdl.models import model_factory

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from distdl.data.catalogue import Entry
+from distdl.data.index import TOKENIZER_FILE
 from distdl.data.prepare.building import Building
 from distdl.data.prepare.choosing import (
     Part,
@@ -23,8 +24,6 @@ from distdl.data.prepare.readers import Source, in_tables, read_ids
 from distdl.data.prepare.shards import Job
 from distdl.data.prepare.sources import unrolled
 from distdl.data.prepare.writer import BATCH_BYTES, BATCH_ROWS, write_durable
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,29 @@ from typing import Any
 import numpy as np
 
 from distdl.data.huggingface import (
-    DICT_FILE,
     INFO_FILE,
-    STATE_FILE,
     columns_of,
     dict_json,
     info_json,
     read_features,
     state_json,
 )
-from distdl.data.index import INDEX_FILE, DataFile, Index, Offsets, Shard, Split, hash_file
+from distdl.data.index import (
+    INDEX_FILE,
+    TOKENIZER_FILE,
+    DataFile,
+    Index,
+    Offsets,
+    Shard,
+    Split,
+    hash_file,
+)
 from distdl.data.prepare.building import Building
-from distdl.data.prepare.draft import TOKENIZER_FILE, Draft
+from distdl.data.prepare.draft import Draft
 from distdl.data.prepare.shards import Job, Record, read_lengths
 from distdl.data.prepare.tokenize import vocabulary_size
 from distdl.data.prepare.writer import fsync_path, sequence_columns, write_durable
+from distdl.data.saved import DICT_FILE, STATE_FILE
 from distdl.testing.faults import point
 
 

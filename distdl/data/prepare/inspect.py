@@ -12,8 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from distdl.data.huggingface import columns_of, unnest
-from distdl.data.index import DataFile, Index, Offsets, Shard, hash_file, read_index, resolve
-from distdl.data.prepare.draft import TOKENIZER_FILE
+from distdl.data.index import (
+    TOKENIZER_FILE,
+    DataFile,
+    Index,
+    Offsets,
+    Shard,
+    hash_file,
+    read_index,
+    resolve,
+)
 from distdl.data.prepare.tokenize import decode
 from distdl.errors import DataError
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from distdl.capabilities import engine_of
 from distdl.checkpoint.read import find_latest
-from distdl.data import describe_data
-from distdl.data.feed import access_of
+from distdl.data.description import access_of, describe_data
 from distdl.doctor.facts import Wanted
 from distdl.errors import CheckpointError, DistdlError
 from distdl.plan import make_plan

@@ -1,6 +1,6 @@
 """The program of a job, on its first node: starts one agent on each node and decides what follows.
 
-    python -m distdl.launch.slurm.job --run RUN --idle-attempts N [--array-key KEY] -- COMMAND ...
+    python -m distdl.launch.slurm.job --run RUN --idle-attempts N [--array-key KEY] [--elastic] -- COMMAND ...
 
 It takes the place of the script's shell, so that Slurm's warning before the time limit (USR1) comes here. It
 passes that on, waits for the run to save, and has Slurm start the job again, unless nothing is gained by it.
@@ -74,11 +74,12 @@ class Step:
         return code if code >= 0 else 128 - code
 
 
-def step_command(attempt: Attempt, command: Sequence[str]) -> list[str]:
-    """The srun command: one task on each node of the job."""
+def step_command(attempt: Attempt, command: Sequence[str], *, elastic: bool = False) -> list[str]:
+    """The srun command: one task on each node of the job. An `elastic` one goes on when a node is lost."""
     # srun does not inherit the job's CPUs for each task since Slurm 22.05.
     cpus = [f"--cpus-per-task={attempt.cpus}"] if attempt.cpus else []
-    ends = ["--kill-on-bad-exit=0", f"--wait={_PATIENCE_S}"]  # one that stops first must not kill the rest
+    # One that stops first must not kill the rest; and a task on a lost node has ended, as srun sees it.
+    ends = ["--kill-on-bad-exit=0", *(["--no-kill", "--wait=0"] if elastic else [f"--wait={_PATIENCE_S}"])]
     return ["srun", f"--nodes={attempt.nodes}", "--ntasks-per-node=1", *cpus, *ends, *command]
 
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     _say(f"job {attempt.name}, restart {attempt.restarts}: {run}")
     if idle >= given.idle_attempts:  # Slurm itself has started it again, after a node was lost say
         return _end(directory, attempt, Verdict.IDLE, errors.RANK_FAILED, idle)
-    code = step.run(step_command(attempt, [*given.command, *overrides]))
+    code = step.run(step_command(attempt, [*given.command, *overrides], elastic=given.elastic))
     idle = idle_attempts(read_lines(directory.events))
     return _end(directory, attempt, judge(code, step.asked, idle, given.idle_attempts), code, idle)
 
@@ -125,6 +126,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run", required=True)
     parser.add_argument("--idle-attempts", type=int, required=True)
     parser.add_argument("--array-key")
+    parser.add_argument("--elastic", action="store_true")
     parser.add_argument("command", nargs="+")
     return parser.parse_args(arguments)
 

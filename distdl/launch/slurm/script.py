@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distdl.errors import PlanError
+from distdl.launch.place import Nodes
 from distdl.recipe import Recipe
 from distdl.recipe.slurm import Slurm
 
@@ -26,7 +27,7 @@ class Job:
     config: str
     overrides: tuple[str, ...]
     run_dir: str
-    nodes: int
+    nodes: Nodes
     procs: int
     python: str
     slurm: Slurm
@@ -38,7 +39,7 @@ class Job:
         recipe: Recipe,
         config: str,
         overrides: Sequence[str],
-        nodes: int,
+        nodes: Nodes,
         procs: int,
         python: str,
         *,
@@ -89,7 +90,7 @@ def directives(job: Job) -> Iterator[str]:
         "job-name": name,
         "output": log,
         "open-mode": "append",
-        "nodes": job.nodes,
+        "nodes": f"{job.nodes.least}-{job.nodes.most}" if job.nodes.elastic else job.nodes.most,
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus,
         "mem": slurm.memory,
@@ -111,6 +112,8 @@ def directives(job: Job) -> Iterator[str]:
         kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
         prefix = "gpu:" if slurm.gpu_option == "gres" else ""
         yield f"--{slurm.gpu_option}={quoted(f'{prefix}{kind}{slurm.gpus}')}"
+    if job.nodes.elastic:
+        yield "--no-kill"  # the job goes on with the nodes that are left
     yield "--requeue"
     yield from slurm.extra
 
@@ -126,6 +129,7 @@ def program(job: Job) -> list[str]:
     """The job's program on its first node (launch/slurm/job.py), and after `--` what it starts on each."""
     array = ["--array-key", job.slurm.array_key] if job.slurm.array else []
     words = ["--run", job.run_dir, "--idle-attempts", str(job.slurm.idle_attempts), *array]
+    words += ["--elastic"] if job.nodes.elastic else []
     return [job.python, "-m", "distdl.launch.slurm.job", *words, "--", *agent(job)]
 
 

@@ -23,7 +23,7 @@ def submit(job: Job, directory: RunDirectory) -> str:
     script.parent.mkdir(exist_ok=True)
     write_atomic(script, sbatch_text(job))
     number = ask(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
-    directory.event("submitted", job=number, nodes=job.nodes, procs=job.procs)
+    directory.event("submitted", job=number, nodes=str(job.nodes), procs=job.procs)
     return number
 
 

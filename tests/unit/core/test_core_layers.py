@@ -231,7 +231,8 @@ try:
     {code}
 except SystemExit as leaving:
     assert not leaving.code, leaving.code
-heavy = sorted(m for m in ("torch", "datasets", "deepspeed", "accelerate") if m in sys.modules)
+names = ("torch", "datasets", "deepspeed", "accelerate", "numpy", "pyarrow")
+heavy = sorted(m for m in names if m in sys.modules)
 assert not heavy, heavy
 print("light")
 """

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,16 @@ def test_the_fingerprint_follows_the_bytes_and_not_the_place(tmp_path: Path) -> 
     (tmp_path / "a" / "test.parquet").rename(tmp_path / "a" / "train.parquet")
     (tmp_path / "a" / "swap").rename(tmp_path / "a" / "test.parquet")
     assert describe(None, tmp_path / "a").fingerprint not in (first, second)
+
+
+def test_the_description_of_the_embedded_images_is_what_their_files_say(tmp_path: Path) -> None:
+    said = describe("fashion_mnist", None)
+    folder = tmp_path / "fashion_mnist"
+    shutil.copytree(locate("fashion_mnist", None), folder)
+    found = describe(None, folder)
+    assert found.name == str(folder)
+    assert replace(found, name=said.name) == said
+    assert [f.classes for f in found.fields.values()] == [f.classes for f in said.fields.values()]
 
 
 def test_the_embedded_fingerprint_is_the_one_on_record() -> None:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distdl.errors import PlanError, RecipeError
+from distdl.launch.place import Nodes
 from distdl.launch.slurm.profile import SHIPPED, find_profile, load_with_profile
 from distdl.launch.slurm.script import Job, directives, program, sbatch_text
 from distdl.recipe import load_recipe, recipe_hash
@@ -67,13 +68,13 @@ def example(name: str) -> str:
     nodes, procs, overrides = EXAMPLES[name]
     overrides = [*overrides, "launch.slurm.python=python"]
     recipe = load_recipe(ROOT / CONFIG, overrides)
-    return sbatch_text(Job.of(recipe, CONFIG, overrides, nodes, procs, "python"))
+    return sbatch_text(Job.of(recipe, CONFIG, overrides, Nodes(nodes), procs, "python"))
 
 
 def everything(**changes: Any) -> Job:
     overrides = ("optim.lr=0.1", "run.dir=runs/a 'name' 100%")
     said = {"python": "/opt/python", "slurm": Slurm(**EVERYTHING), **changes}
-    return Job(CONFIG, overrides, "runs/a 'name' 100%", 2, 4, **said)
+    return Job(CONFIG, overrides, "runs/a 'name' 100%", Nodes(2), 4, **said)
 
 
 def files() -> dict[Path, str]:
@@ -134,7 +135,7 @@ def test_values_arrive_as_they_were_given(
         stub.write_text(STUB)
         stub.chmod(0o700)
         slurm = Slurm(env={"A": a, "B_2": b}, container=tuple(words), modules=(module,))
-        job = Job(config, tuple(overrides), run, 2, 4, str(stub), slurm)
+        job = Job(config, tuple(overrides), run, Nodes(2), 4, str(stub), slurm)
         took, variables, loaded = (Path(folder) / name for name in ("took", "variables", "loaded"))
         head = f"module() {{ printf '%s\\0' \"$@\" > {shlex.quote(str(loaded))}; }}\n"
         environment = {**os.environ, "ARGUMENTS": str(took), "VARIABLES": str(variables)}
@@ -170,7 +171,7 @@ def read_directive(text: str) -> list[str]:
 
 @given(account=LINE, constraint=LINE, run=LINE.filter(lambda t: "\\" not in t))
 def test_a_directive_holds_one_value(account: str, constraint: str, run: str) -> None:
-    job = Job(CONFIG, (), run, 1, 1, "python", Slurm(account=account, constraint=constraint))
+    job = Job(CONFIG, (), run, Nodes(1), 1, "python", Slurm(account=account, constraint=constraint))
     lines = sbatch_text(job).split("\n")
     said = [read_directive(line.removeprefix("#SBATCH ")) for line in lines if line.startswith("#SBATCH ")]
     assert len(said) == len(list(directives(job)))
@@ -201,7 +202,7 @@ def test_a_run_directory_that_slurm_cannot_log_to_is_refused(name: str) -> None:
     recipe = load_recipe(ROOT / CONFIG)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": name})})
     with pytest.raises(PlanError, match="Slurm cannot write logs there"):
-        Job.of(recipe, CONFIG, [], 1, 1, "python")
+        Job.of(recipe, CONFIG, [], Nodes(1), 1, "python")
 
 
 # --- profiles ---

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distdl.data import describe_data
+from distdl.data.description import describe_data
 from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
 from distdl.recipe.schema import Data

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distdl.data import describe_data
+from distdl.data.description import describe_data
 from distdl.data.feed import Feed
 from distdl.data.index import hash_file, read_index
 from distdl.data.prepare.options import Options

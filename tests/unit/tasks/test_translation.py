@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distdl.data import describe_data
+from distdl.data.description import describe_data
 from distdl.data.feed import Feed
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
