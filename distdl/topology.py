@@ -232,6 +232,8 @@ def _check_torchrun_in_slurm(env: Mapping[str, str]) -> None:
     """torchrun under srun is one agent a task. Several that know nothing of each other are a mistake."""
     if "TORCHELASTIC_RUN_ID" not in env or not _in_slurm_step(env):
         return
+    if "DISTDL_LAUNCHER_PID" in env:  # its agents have met, and may be fewer than were started
+        return
     tasks, agents = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "GROUP_WORLD_SIZE", 1)
     if tasks > agents:
         raise EnvironmentProblem(

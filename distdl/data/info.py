@@ -18,9 +18,6 @@ from distdl.samples import DataInfo, Field
 if TYPE_CHECKING:
     from distdl.data.stream.retry import Patience
 
-DESCRIPTION_FILE = "description.json"
-
-
 def is_url(path: str | Path | None) -> bool:
     """Whether `path` is a URL, whose data are streamed. (A `Path` never is: it folds "//" to "/".)"""
     return isinstance(path, str) and "://" in path
@@ -40,8 +37,8 @@ def describe(name: str | None, path: str | Path | None, patience: Patience | Non
     folder = locate(name, path)
     if (folder / INDEX_FILE).is_file():
         return prepared_info(read_index(folder), folder)
-    if (folder / DESCRIPTION_FILE).is_file() and is_embedded(folder):
-        return read_description(folder)
+    if is_embedded(folder) and folder.with_suffix(".json").is_file():
+        return _described(folder)
     from distdl.data.files_info import info_of
     from distdl.data.prepare.readers import source_of
 
@@ -50,9 +47,9 @@ def describe(name: str | None, path: str | Path | None, patience: Patience | Non
     return info_of(source, files, title(name, path))
 
 
-def read_description(folder: Path) -> DataInfo:
-    """What is said beside Parquet files that come with this package, and so do not change."""
-    said = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+def _described(folder: Path) -> DataInfo:
+    """What is said beside a folder of Parquet files that comes with this package, and so does not change."""
+    said = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
     fields = {
         name: Field(**f | {"shape": tuple(f["shape"]), "classes": tuple(f["classes"])})
         for name, f in said.pop("fields").items()

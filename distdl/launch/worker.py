@@ -25,9 +25,10 @@ class WorkOrder:
 def work(order: WorkOrder) -> int:
     """Entry point of a worker; returns the run's exit code. A crash ends the process with code 70 instead."""
     die_with_parent()
+    rank = int(os.environ["RANK"])  # the agent's; whatever else is wrong is told in the log
+    log = Path(order.attempt) / "logs" / f"rank-{rank:05d}.log"
+    terminal = redirect(log, to_terminal=rank == 0)
     topology = Topology.from_env(os.environ)
-    log = Path(order.attempt) / "logs" / f"rank-{topology.rank:05d}.log"
-    terminal = redirect(log, to_terminal=topology.rank == 0)
     options = Options(
         allow_changed=order.allow_changed, attempt=Path(order.attempt), locked=True, terminal=terminal
     )

@@ -64,9 +64,9 @@ class TestCluster:
         forked = {pid: parent for pid, parent, command in rows if "multiprocessing.forkserver" in command}
         return [pid for pid, parent in forked.items() if parent in forked]
 
-    def submit(self, recipe: Path, *words: str) -> Path:
+    def submit(self, recipe: Path, *words: str, nodes: str = "2") -> Path:
         """Submit a run to two nodes, one process each; returns its run directory."""
-        options = ["--on", "slurm", "--nodes", "2", "--procs", "1", "launch.slurm.cpus=2"]
+        options = ["--on", "slurm", "--nodes", nodes, "--procs", "1", "launch.slurm.cpus=2"]
         said = self.distdl("launch", str(recipe), *options, *words)
         return Path(said.splitlines()[-1].removeprefix("run directory: "))
 

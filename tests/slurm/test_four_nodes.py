@@ -1,4 +1,4 @@
-"""Four nodes of a real Slurm: networks of both kinds, shared out by DDP and by DeepSpeed."""
+"""Four nodes of a real Slurm: networks of both kinds, shared out by DDP and by DeepSpeed; a spare node."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from distdl.testing import worst
-from tests.faults.support import events, tensors_of, write_recipe
+from distdl.testing import assert_same_bits, worst
+from tests.faults.support import events, tensors_of, wait_for_event, write_recipe
 from tests.runs import train_here
 from tests.slurm.conftest import TestCluster, running, wait_until
 
@@ -53,3 +53,31 @@ def test_a_job_of_four_nodes(model: str, engine: str, four: TestCluster, tmp_pat
     train_here(small(alone, MODELS[model]), 1)
     name, error = worst(tensors_of(run), tensors_of(alone / "run"))
     assert error < 1e-4, f"{name} differs by {error:.1e}"
+
+
+@pytest.mark.timeout(300)
+def test_a_node_without_power_is_replaced_by_a_spare_one(four: TestCluster, tmp_path: Path) -> None:
+    """Slurm starts the job again on the nodes that are left; no step that was saved is lost."""
+    recipe = write_recipe(
+        tmp_path, train={"max_steps": 1000, "reduction": "exact"}, eval={"every_steps": 1000}
+    )
+    run = four.submit(recipe)
+    wait_for_event(run, "save")
+    place = four.say("squeue", "--noheader", "--format=%N")[1].strip()
+    assert place == "node[1-2]"
+    four.control("off", "node2")
+    try:
+        wait_for_event(run, "first_step", 2, timeout_s=150)
+        again, first = events(run, "job_start")[-1], events(run, "first_step")[-1]
+        print(f"\nfrom the job's new start to its first step: {first['time'] - again['time']:.0f} s")
+        wait_until(lambda: not four.queue(), 150, "the job ends")
+    finally:
+        four.control("boot", "node2")
+    assert [e["restarts"] for e in events(run, "job_start")] == [0, 1]
+    assert [e["world_size"] for e in events(run, "start")] == [2, 2]
+    assert "node2" not in {e["host"] for e in events(run, "launch")[2:]}
+    calm = write_recipe(
+        tmp_path / "calm", train={"max_steps": 1000, "reduction": "exact"}, eval={"every_steps": 1000}
+    )
+    train_here(calm, 1)
+    assert_same_bits(tensors_of(run), tensors_of(calm.parent / "run"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,34 @@ def test_a_node_without_power_costs_time_only(cluster: TestCluster, tmp_path: Pa
     cluster.control("boot", "node2")
     wait_for_event(run, "job_start", 2, timeout_s=90)
     check_finished(cluster, run, undisturbed, 90)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+def test_a_job_of_a_range_of_nodes_goes_on_with_what_is_left(
+    cluster: TestCluster, tmp_path: Path, undisturbed: Any
+) -> None:
+    """A node of two loses its power: the job goes on with the other, and is not started again. A job that
+    comes while the node is away starts with the one there is.
+    """
+    calm = recipe_of(tmp_path / "calm", 3000)
+    run = cluster.submit(recipe_of(tmp_path, 3000), nodes="1:2")
+    wait_for_event(run, "save")
+    cluster.control("off", "node2")
+    began = time.monotonic()
+    wait_for_event(run, "first_step", 2, timeout_s=90)
+    print(f"\nfrom the power cut to the next step: {time.monotonic() - began:.0f} s")
+    try:
+        train_here(calm, 1)
+        check_finished(cluster, run, tensors_of(calm.parent / "run"), 240)
+        assert restarts(run) == [0]
+        assert [e["nodes"] for e in events(run, "nodes")] == [[0, 1], [0]]
+        assert [e["world_size"] for e in events(run, "start")] == [2, 1]
+        alone = cluster.submit(recipe_of(tmp_path / "alone"), nodes="1:2")
+        check_finished(cluster, alone, undisturbed, 120)
+        assert [e["world_size"] for e in events(alone, "start")] == [1]
+    finally:
+        cluster.control("boot", "node2")
 
 
 @pytest.mark.campaign

@@ -91,7 +91,8 @@ def directives(job: Job) -> Iterator[str]:
         "output": log,
         "open-mode": "append",
         "nodes": f"{job.nodes.least}-{job.nodes.most}" if job.nodes.elastic else job.nodes.most,
-        "ntasks-per-node": 1,
+        # With it, Slurm counts the tasks of the fewest nodes, and gives as many as those need.
+        "ntasks-per-node": None if job.nodes.elastic else 1,
         "cpus-per-task": slurm.cpus,
         "mem": slurm.memory,
         "time": slurm.time,

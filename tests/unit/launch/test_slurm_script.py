@@ -26,12 +26,13 @@ from distdl.recipe.slurm import Slurm
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = "configs/fashion_cnn.yaml"
-EXAMPLES: dict[str, tuple[int, int, list[str]]] = {
-    "single_node": (1, 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=2:00:00"]),
-    "multi_node": (2, 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=8:00:00"]),
-    "seeds": (1, 1, ["launch.slurm.gpus=1", "launch.slurm.array=1-6%3", "launch.slurm.time=1:00:00"]),
+EXAMPLES: dict[str, tuple[str, int, list[str]]] = {
+    "single_node": ("1", 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=2:00:00"]),
+    "multi_node": ("2", 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=8:00:00"]),
+    "seeds": ("1", 1, ["launch.slurm.gpus=1", "launch.slurm.array=1-6%3", "launch.slurm.time=1:00:00"]),
+    "elastic": ("1:4", 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=8:00:00"]),
     "preemptible": (
-        1,
+        "1",
         4,
         ["launch.slurm.gpus=4", "launch.slurm.partition=preempt", "launch.slurm.warn_s=300"],
     ),
@@ -68,7 +69,7 @@ def example(name: str) -> str:
     nodes, procs, overrides = EXAMPLES[name]
     overrides = [*overrides, "launch.slurm.python=python"]
     recipe = load_recipe(ROOT / CONFIG, overrides)
-    return sbatch_text(Job.of(recipe, CONFIG, overrides, Nodes(nodes), procs, "python"))
+    return sbatch_text(Job.of(recipe, CONFIG, overrides, Nodes.parse(nodes), procs, "python"))
 
 
 def everything(**changes: Any) -> Job:
