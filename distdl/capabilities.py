@@ -22,7 +22,8 @@ class Capabilities:
     `needs_one`: every rank must run at least one. `gathers`: its forward communicates as well (the parameters
     are sharded), so evaluation passes must be equally many too. `shards`: what a rank keeps only a part of.
     `flattens`: the optimiser sees slices of parameters, so one that looks at whole tensors would be wrong.
-    `library`: what has to be installed beside torch. The others list the values of recipe keys that it takes.
+    `library`: what has to be installed beside torch. `exact_without`: keys of `hardware` that it cannot
+    follow in exact mode. The others list the values of recipe keys that it takes.
     """
 
     library: str | None = None
@@ -40,6 +41,7 @@ class Capabilities:
     compiles: tuple[bool, ...] = (False, True)
     own_optimizers: tuple[bool, ...] = (False, True)
     unused_parameters: tuple[bool, ...] = (False, True)
+    exact_without: tuple[str, ...] = ()
 
 
 ENGINES: dict[str, Capabilities] = {
@@ -50,8 +52,10 @@ ENGINES: dict[str, Capabilities] = {
         gathers=True,
         flattens=True,
         shards=("parameters", "gradients", "optimizer"),
+        reductions=("fast", "exact"),
         offloads=("none", "parameters"),
         hybrid_shard=(False, True),
+        exact_without=("hybrid_shard", "unused_parameters"),
     ),
     "zero0": Capabilities(library="deepspeed", needs_one=True),
     "zero1": Capabilities(
@@ -136,6 +140,12 @@ def check_engine(recipe: Recipe, engine: str, device: str) -> None:
             raise PlanError(
                 f"engine {engine!r} cannot do {key} = {_shown(value)} (it does "
                 f"{', '.join(map(_plain, allowed))}); engines that can: {', '.join(able) or 'none'}"
+            )
+    for key in ENGINES[engine].exact_without if train.reduction == "exact" else ():
+        if getattr(hardware, key):
+            raise PlanError(
+                f"engine {engine!r} cannot do hardware.{key} = true with train.reduction = 'exact': leave "
+                "one of the two out"
             )
     if ":" in recipe.optim.name and True not in ENGINES[engine].own_optimizers:
         able = [name for name, can in ENGINES.items() if True in can.own_optimizers]

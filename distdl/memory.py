@@ -79,7 +79,9 @@ def predict(recipe: Recipe, plan: Plan, sizes: ModelSizes) -> Memory:
     gradients = part("gradients", trained)
     if recipe.train.reduction == "exact":
         # One buffer for each sum that waits for its neighbour in the tree.
-        gradients *= max(1, (max(plan.shares) - 1).bit_length())
+        waiting = (max(plan.shares) - 1).bit_length()
+        # Sharded, each rank keeps its shard of those of all ranks.
+        gradients = waiting * trained or gradients
     return Memory(
         weights=part("parameters", weights) + FP32 * sizes.buffers,
         gradients=gradients,
@@ -99,7 +101,7 @@ def slots(recipe: Recipe) -> int:
 
 def _communication(recipe: Recipe, plan: Plan, sizes: ModelSizes) -> int:
     trained = FP32 * sizes.trainable
-    if recipe.train.reduction == "exact":
+    if recipe.train.reduction == "exact" and not ENGINES[plan.engine].gathers:
         return max(BUCKET, FP32 * sizes.largest)
     if recipe.hardware.shard_optimizer:
         return 2 * trained  # DDP's buckets, and the updated weights on their way

@@ -18,6 +18,7 @@ from distdl.samples import DataInfo, Field
 if TYPE_CHECKING:
     from distdl.data.stream.retry import Patience
 
+
 def is_url(path: str | Path | None) -> bool:
     """Whether `path` is a URL, whose data are streamed. (A `Path` never is: it folds "//" to "/".)"""
     return isinstance(path, str) and "://" in path

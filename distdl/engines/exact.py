@@ -40,7 +40,7 @@ class ExactReducer:
         for bucket in self._buckets:
             for i, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, i))
-        _equalise(model, world)
+        equalise(model, world)
 
     @contextmanager
     def passing(self, this: Pass) -> Iterator[None]:
@@ -137,7 +137,7 @@ def _norms(parameters: list[Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def _equalise(model: nn.Module, world: World) -> None:
+def equalise(model: nn.Module, world: World) -> None:
     """Every rank begins with rank 0's bits: two kinds of CPU may round an initial value differently."""
     if world.size > 1:
         for tensor in (*model.parameters(), *model.buffers()):

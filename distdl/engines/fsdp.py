@@ -1,7 +1,8 @@
 """PyTorch FSDP2: parameters, gradients and optimiser state in shards, gathered a block at a time.
 
-Gradients are summed over the ranks, in fp32, in every backward. Where forward and backward run in bf16 or
-fp16, blocks of linear and convolution layers are gathered in it: that is what autocast would make of them.
+Gradients are summed over the ranks, in fp32, in every backward; exactly, by `ShardedTree`. Where forward and
+backward run in bf16 or fp16, blocks of linear and convolution layers are gathered in it: that is what
+autocast would make of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +26,14 @@ from torch.distributed.fsdp import (
 )
 
 from distdl.comm import World
+from distdl.comm.exchange import Exchange
 from distdl.engines.base import Applied, Forward, Pass, forward_of
 from distdl.engines.batchnorm import RunningStatistics, refuse_sync_batchnorm
 from distdl.engines.blocks import RECURRENT, casts_whole, recomputable, sharded_units
 from distdl.engines.buffers import UnkeyedBuffers
 from distdl.engines.compiled import compile_forward
 from distdl.engines.ema import WeightAverage, averaged, weights_of
+from distdl.engines.exact import ExactReducer, equalise
 from distdl.engines.groups import groups_of
 from distdl.engines.layout import Layout
 from distdl.engines.optim import (
@@ -45,6 +48,7 @@ from distdl.engines.optim import (
 from distdl.engines.precision import Precision
 from distdl.engines.recompute import recompute_blocks
 from distdl.engines.sharded import assign
+from distdl.engines.sharded_tree import ShardedTree
 from distdl.engines.shards import local, pieces_of, squared_norm
 from distdl.engines.usage import GradientUse, missing_gradients
 from distdl.errors import EngineError
@@ -76,10 +80,13 @@ class FsdpEngine:
         refuse_sync_batchnorm(model)
         freeze(model, self._recipe.optim.freeze)
         self.module = model.train()
-        if self._world.size == 1:
+        exact = self._recipe.train.reduction == "exact"
+        if self._world.size == 1 and not exact:
             self._layout.take(model)
         else:
-            self._layout.decide(model)  # FSDP takes contiguous parameters only; images may be channels_last
+            # FSDP takes contiguous parameters only; images may be channels_last. And so it is with one rank
+            # where that is to have the same bits.
+            self._layout.decide(model)
         hardware = self._recipe.hardware
         units = self._units(model)
         if hardware.compile:
@@ -88,6 +95,7 @@ class FsdpEngine:
             recompute_blocks(model)
         if self._world.size > 1:
             self._shard(model, units)
+        self._reducer = self._exact_reducer(model) if exact else None
         self._buffers = UnkeyedBuffers(model)
         self._statistics = RunningStatistics(model, compiled=hardware.compile)
         fills = hardware.unused_parameters and self._world.size > 1
@@ -106,6 +114,7 @@ class FsdpEngine:
 
         self._buffers.note()
         with (
+            self._reducer.passing(this) if self._reducer is not None else nullcontext(),
             groups_of(self.module, this),
             forward_of(self.module, self._precision.autocast(), backward) as forward,
         ):
@@ -114,14 +123,13 @@ class FsdpEngine:
         self._buffers.check(self._world.size)
 
     def apply(self, lr: float, counts: list[int]) -> Applied:
-        self._settle_missing_gradients()
-        grads = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
         scale = self._precision.scale
-        norm = math.sqrt(self._over_ranks(squared_norm(grads, self.device))) / scale
+        norm = self._norm() / scale
+        grads = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
         rescaled = self._precision.note(norm)
         if not math.isfinite(norm):
             self._statistics.discard()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._clear()
             return Applied(False, norm, rescaled)
         finish_statistics = self._statistics.start_update(self._world, counts)
         factor = clip_factor(norm, self._recipe.optim.clip_norm) / scale
@@ -130,7 +138,7 @@ class FsdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._clear()
         self._average.update()
         finish_statistics()
         return Applied(True, norm)
@@ -192,6 +200,26 @@ class FsdpEngine:
             if unused:
                 raise missing_gradients(unused)
 
+    def _exact_reducer(self, model: nn.Module) -> ExactReducer | ShardedTree:
+        if self._world.size == 1:
+            return ExactReducer(model, self._world, Exchange(self._world, self.device), None)
+        return ShardedTree(model, self._world)
+
+    def _norm(self) -> float:
+        """Collective. The global norm of the gradients, with the loss scale; waits for the device."""
+        if self._world.size > 1:
+            self._settle_missing_gradients()
+        if self._reducer is not None:
+            return float(self._reducer.reduce())
+        grads = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        return math.sqrt(self._over_ranks(squared_norm(grads, self.device)))
+
+    def _clear(self) -> None:
+        if self._reducer is not None:
+            self._reducer.clear()
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+
     def _over_ranks(self, squares: Tensor) -> float:
         """Collective. The sum over all shards; the same bits on every rank. Waits for the device."""
         if self._world.size == 1:
@@ -214,6 +242,8 @@ class FsdpEngine:
     def _shard(self, model: nn.Module, units: Sequence[nn.Module]) -> None:
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()
+        if self._recipe.train.reduction == "exact":
+            equalise(model, self._world)
         mesh, offload = self._mesh(), self._offload()
         for module in units:
             module.register_forward_hook(_own_memory)
@@ -245,7 +275,9 @@ class FsdpEngine:
         return CPUOffloadPolicy() if wanted else OffloadPolicy()
 
     def _policy(self, unit: nn.Module) -> MixedPrecisionPolicy:
-        dtype = self._precision.dtype if casts_whole(unit) else None
+        # In exact mode autocast casts, as it does with one rank.
+        gathers = casts_whole(unit) and self._recipe.train.reduction == "fast"
+        dtype = self._precision.dtype if gathers else None
         # Inputs are cast by autocast, where it casts them, and nowhere else.
         return MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 

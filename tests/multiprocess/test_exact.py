@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distdl.comm import World
 from distdl.comm.exchange import Exchange, route_of
 from distdl.comm.tree import tree_sum
 from distdl.engines import build_engine, slabs
+from distdl.engines.fsdp import FsdpEngine
 from distdl.models.cnn5 import Cnn5
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
@@ -79,10 +81,11 @@ def driven(
     sharded: bool,
     reduction: str = "exact",
     model: Any = None,
+    engine: str = "ddp",
 ) -> Driven:
     case = replace(CASES[name], optim={"sgd": SGD, "adamw": ADAMW}[optim])
     case = replace(case, build=model or case.build)
-    hardware, train = {"shard_optimizer": sharded}, {"reduction": reduction}
+    hardware, train = {"engine": engine, "shard_optimizer": sharded}, {"reduction": reduction}
     sections = recipe_for(case, hardware, train).model_dump(mode="json", by_alias=True)
     sections["batch"]["global"] = 8 * count
     recipe = parse_recipe(sections)
@@ -102,6 +105,19 @@ def digests(world: World, runs: Runs, steps: int, bucket_bytes: int = 2048) -> l
     for run in runs:
         one = driven(world, *run)
         assert all(one.step(step).updated for step in range(steps))
+        found.append(sha256(one.state() | one.facts))
+    return found
+
+
+def sharded_digests(world: World, runs: Runs, steps: int) -> list[str]:
+    """As `digests`, under FSDP: parameters, gradients and optimiser state in shards."""
+    found = []
+    for run in runs:
+        one = driven(world, *run, engine="fsdp")
+        assert all(one.step(step).updated for step in range(steps))
+        if world.size > 1:
+            assert isinstance(one.engine, FsdpEngine)
+            assert any(isinstance(p, DTensor) for p in one.engine.module.parameters())
         found.append(sha256(one.state() | one.facts))
     return found
 
@@ -157,6 +173,23 @@ def test_sharding_the_optimiser_changes_no_bit(quick: dict[int, list[str]]) -> N
         assert found[0] == found[1]
         assert found[2] == found[3]
         assert len({found[0], found[2], found[4]}) == 3
+
+
+SHARDED: Runs = [
+    ("cnn_batchnorm", "sgd", 8, False),
+    ("cnn_batchnorm", "adamw", 12, False),
+    ("lstm_ragged", "adamw", 12, False),
+    ("lstm_ragged", "sgd", 8, False),
+    ("tied", "sgd", 5, False),
+    ("cnn_groupnorm", "adamw", 4, False),
+]
+
+
+def test_fsdp_has_the_same_bits_at_any_world_size() -> None:
+    """Several microbatches a rank, uneven shares, a short last batch, clipping, an average of the weights."""
+    found = {size: run_world(sharded_digests, size, SHARDED, 5) for size in (1, 2, 3, 4)}
+    for size, ranks in found.items():
+        assert all(rank == found[1][0] for rank in ranks), f"world {size}"
 
 
 @pytest.mark.slow
@@ -232,9 +265,20 @@ def test_the_whole_table(count: int) -> None:
 
 
 @pytest.mark.slow
-def test_exact_through_change(tmp_path: Path) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize("count", [8, 12])
+def test_the_whole_table_under_fsdp(count: int) -> None:
+    cases = [(name, optim) for name in ("cnn_batchnorm", "lstm_ragged") for optim in ("sgd", "adamw")]
+    runs = [(name, optim, count, False) for name, optim in cases]
+    found = {size: run_world(sharded_digests, size, runs, 4) for size in (1, 2, 3, 4, 8)}
+    assert all(rank == found[1][0] for ranks in found.values() for rank in ranks), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hardware", [{"shard_optimizer": True}, {"engine": "fsdp"}], ids=["ddp", "fsdp"])
+def test_exact_through_change(hardware: dict[str, Any], tmp_path: Path) -> None:
     """4 ranks, kill -9 of one, 1 rank, kill -9, 3 ranks: the bits of 2 ranks undisturbed, metrics and all."""
-    parts, whole = (exact_recipe(tmp_path / name) for name in ("parts", "whole"))
+    parts, whole = (exact_recipe(tmp_path / name, **hardware) for name in ("parts", "whole"))
     for size, fault, saved in ((4, "1:train.step@6:kill", 4), (1, "0:train.step@9:kill", 8)):
         with pytest.raises(WorldFailed, match="died without a word"):
             run_world(train_rank, size, parts, env={"DISTDL_FAIL_AT": fault}, deadline_s=60)
@@ -269,5 +313,5 @@ def exact_recipe(folder: Path, **hardware: Any) -> Recipe:
         model={"norm": "batch"},
         train={"reduction": "exact"},
         checkpoint={"every_steps": 4},
-        hardware={"shard_optimizer": True, **hardware},
+        hardware=hardware,
     )

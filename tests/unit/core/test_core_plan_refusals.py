@@ -130,8 +130,15 @@ def test_an_engine_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     ("sections", "says"),
     [
         (
-            {"train": {"epochs": 1, "reduction": "exact"}, "hardware": {"engine": "fsdp"}},
-            "engine 'fsdp' cannot do train.reduction = 'exact' (it does fast); engines that can: ddp",
+            {"train": {"epochs": 1, "reduction": "exact"}, "hardware": {"engine": "zero2"}},
+            "engine 'zero2' cannot do train.reduction = 'exact' (it does fast); engines that can: ddp, fsdp",
+        ),
+        (
+            {
+                "train": {"epochs": 1, "reduction": "exact"},
+                "hardware": {"engine": "fsdp", "unused_parameters": True},
+            },
+            "engine 'fsdp' cannot do hardware.unused_parameters = true with train.reduction = 'exact'",
         ),
         (
             {"hardware": {"engine": "zero1", "shard_optimizer": True}},
