@@ -35,7 +35,7 @@ LENGTH = 64
 VOCABULARY = 5000
 
 
-def recipe_for(micro: int, count: int, reduction: str, sharded: bool) -> Recipe:
+def recipe_for(micro: int, count: int, reduction: str, hardware: dict[str, Any]) -> Recipe:
     return parse_recipe(
         {
             "task": {"name": "image_classification"},
@@ -44,7 +44,7 @@ def recipe_for(micro: int, count: int, reduction: str, sharded: bool) -> Recipe:
             "batch": {"global": micro * count, "micro": micro},
             "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "clip_norm": 1.0},
             "train": {"max_steps": 10**6, "reduction": reduction},
-            "hardware": {"threads": 1, "device": "cpu", "fuse": 1, "shard_optimizer": sharded},
+            "hardware": {"threads": 1, "device": "cpu", "fuse": 1, **hardware},
         }
     )
 
@@ -63,9 +63,9 @@ class Run:
     """One engine that trains again and again on the same microbatches."""
 
     def __init__(
-        self, world: World, name: str, micro: int, count: int, reduction: str, sharded: bool
+        self, world: World, name: str, micro: int, count: int, reduction: str, hardware: dict[str, Any]
     ) -> None:
-        recipe = recipe_for(micro, count, reduction, sharded)
+        recipe = recipe_for(micro, count, reduction, hardware)
         info = DataInfo("made", {"train": micro * count, "test": 1}, {}, "f")
         self.world, self.exact = world, reduction == "exact"
         self.plan = make_plan(recipe, Topology.of(1, world.size), info)
@@ -89,10 +89,10 @@ class Run:
 
 
 def measure(
-    world: World, name: str, micro: int, count: int, sharded: bool, rounds: int, steps: int
+    world: World, name: str, micro: int, count: int, hardware: dict[str, Any], rounds: int, steps: int
 ) -> list[dict[str, float]]:
     """Seconds a step of each turn, "fast" and "exact", and this rank's CPU seconds."""
-    runs = {kind: Run(world, name, micro, count, kind, sharded) for kind in ("fast", "exact")}
+    runs = {kind: Run(world, name, micro, count, kind, hardware) for kind in ("fast", "exact")}
     times = []
     for turn in range(rounds + 1):
         took: dict[str, Any] = {}
@@ -120,11 +120,13 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=32)
     parser.add_argument("--procs", type=int, default=2)
     parser.add_argument("--sharded", action="store_true", help="with hardware.shard_optimizer, both")
+    parser.add_argument("--engine", default="ddp", choices=["ddp", "fsdp"], help="of both")
     options = parser.parse_args()
+    hardware = {"engine": options.engine, "shard_optimizer": options.sharded}
     for name in options.models:
         for count in options.counts:
             steps = max(1, options.steps * 2 // count)
-            given = (name, options.micro, count, options.sharded, options.rounds, steps)
+            given = (name, options.micro, count, hardware, options.rounds, steps)
             times = run_world(measure, options.procs, *given, deadline_s=3600)[0]
             ratios = [t["exact"] / t["fast"] for t in times]
             cpu = statistics.median(t["exact_cpu"] / t["fast_cpu"] for t in times)
