@@ -14,7 +14,7 @@ import typer
 from distdl import errors
 from distdl.cli.ckpt import ckpt_app
 from distdl.cli.data import data_app
-from distdl.cli.slurm import launch_on_slurm, slurm_app
+from distdl.cli.slurm import doctor_on_slurm, launch_on_slurm, slurm_app
 from distdl.cli.ssh import launch_over_ssh
 from distdl.errors import DistdlError, PlanError
 from distdl.launch.place import Nodes, Place
@@ -285,6 +285,14 @@ def doctor(
         bool, typer.Option("--fix", help="Mend what can be mended safely: locks that killed builds left.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    on: Annotated[
+        Literal["here", "slurm"],
+        typer.Option(help="slurm: examine the nodes that the recipe asks Slurm for, one process on each."),
+    ] = "here",
+    nodes: NodesAsked = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --on slurm: print the command, and stop.")
+    ] = False,
 ) -> int:
     """Say what would make a run fail here, and what to do: alone, or as every process of a job.
 
@@ -295,6 +303,11 @@ def doctor(
     from distdl.doctor.report import show
     from distdl.doctor.run import examine
 
+    if on == "slurm":
+        if config is None or fix:
+            raise PlanError("doctor --on slurm needs a recipe, which says what to ask for, and mends nothing")
+        given, many = _overrides(overrides, engine), Nodes.parse(nodes) if nodes else None
+        return doctor_on_slurm(config, given, many, wait_s=wait, as_json=as_json, dry_run=dry_run)
     asked = Asked(config, _load(config, overrides or [], engine)) if config else None
     report = examine(asked, os.environ, wait_s=wait, fix=fix)
     show(report, as_json=as_json)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,7 @@ from distdl.launch.logs import tail
 from distdl.launch.place import Nodes
 from distdl.launch.slurm.client import ask
 from distdl.launch.slurm.profile import load_with_profile
-from distdl.launch.slurm.script import Job, sbatch_text
+from distdl.launch.slurm.script import Job, doctor_command, sbatch_text
 from distdl.launch.slurm.submit import ask_when, job_of, logs_of, queued, submit
 from distdl.recipe import Recipe
 from distdl.record import Heartbeat, RunDirectory, read_lines
@@ -59,6 +61,35 @@ def launch_on_slurm(
     number = submit(job, RunDirectory.of(recipe))
     _print([f"job: {number}", f"run directory: {job.run_dir}"])
     return errors.DONE
+
+
+def doctor_on_slurm(
+    config: str,
+    overrides: list[str],
+    asked: Nodes | None,
+    *,
+    wait_s: float,
+    as_json: bool,
+    dry_run: bool,
+) -> int:
+    """Examine the nodes that the recipe asks Slurm for, or print the command; returns the doctor's code.
+
+    Blocks until Slurm has given the nodes. Raises EnvironmentProblem where this machine has no Slurm.
+    """
+    recipe, _ = load_with_profile(config, overrides, os.environ)
+    nodes = asked or Nodes.of(recipe)
+    job = Job.of(recipe, config, overrides, nodes, 1, sys.executable)
+    command = doctor_command(job, wait_s, as_json=as_json)
+    if dry_run:
+        _print([shlex.join(command)])
+        return errors.DONE
+    print(f"waiting for {nodes.most} nodes of Slurm; Ctrl-C twice gives up", file=sys.stderr)  # noqa: T201
+    try:
+        return subprocess.run(command, check=False).returncode
+    except FileNotFoundError:
+        raise EnvironmentProblem(
+            "srun is not here: this machine has no Slurm. Run the command on a login node of the cluster"
+        ) from None
 
 
 def _check_plan(recipe: Recipe, topology: Topology) -> None:

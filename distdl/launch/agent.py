@@ -146,9 +146,9 @@ class RunAgent(LocalElasticAgent):
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
         """Ranks in the order of nodes. The parent asks the store, and would wait there for a lost node."""
-        procs = [member.procs for member in self._peers.round.members]
-        first, world = sum(procs[:group_rank]), sum(procs)
-        return [Worker(i, first + i, first + i, world, world) for i in range(procs[group_rank])]
+        members, mine = self._peers.round.members, self._peers.round.ranks_of(self._peers.node)
+        world = sum(member.procs for member in members)
+        return [Worker(i, rank, rank, world, world) for i, rank in enumerate(mine)]
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with requests_held():
@@ -249,7 +249,8 @@ class RunAgent(LocalElasticAgent):
     def note_loss(self, lost: NodeLost) -> dict[str, Any]:
         """Write down that a node is lost; returns what `failure.json` has."""
         step, phase, _ = Heartbeat.read(self.attempt / "heartbeat")
-        self.failure = lost_node(lost.node, lost.host, step, phase)
+        ranks = self._peers.round.ranks_of(lost.node)
+        self.failure = lost_node(lost.node, lost.host, ranks, step, phase)
         if self._peers.node == 0:
             if self._peers.round.number:
                 write_failure(self.attempt, self.failure)

@@ -57,9 +57,11 @@ def first_failure(failures: Sequence[dict[str, Any]], step: int, phase: str) -> 
     return known | {"step": step, "phase": phase, "all_failed": everyone}
 
 
-def lost_node(node: int, host: str | None, step: int, phase: str) -> dict[str, Any]:
-    """The failure of a node that is gone with all its ranks."""
-    cause = f"node {node}{f' ({host})' if host else ''} is lost: its launcher ended or cannot be reached"
+def lost_node(node: int, host: str | None, ranks: Sequence[int], step: int, phase: str) -> dict[str, Any]:
+    """The failure of a node that is gone with all its `ranks`, which are none before the first attempt."""
+    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    who = f"node {node}{f' ({host})' if host else ''}{f' with {names}' if ranks else ''}"
+    cause = f"{who} is lost: its launcher ended or cannot be reached"
     where = {"node": node, "host": host, "cause": cause, "time": time.time(), "step": step, "phase": phase}
     return where | {
         "rank": None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,15 @@ class Round:
     def of(cls, said: Mapping[str, Any]) -> Round:
         """From what was sent."""
         return cls(**{**said, "members": tuple(Member(**member) for member in said["members"])})
+
+    def ranks_of(self, node: int) -> Sequence[int]:
+        """The ranks of a member; none of who is none."""
+        first = 0
+        for member in self.members:
+            if member.node == node:
+                return range(first, first + member.procs)
+            first += member.procs
+        return ()
 
     def has(self, node: int, life: int) -> bool:
         """Whether it is a member, in its present life."""
@@ -244,7 +253,8 @@ class Peers:
         gone = member.node in lost or self._lives(member.node) != member.life  # it may be back already
         if not gone or not self.crew.elastic or member.node == 0:
             return None
-        return End(self.round.number, failure=lost_node(member.node, lost.get(member.node), 0, ""))
+        ranks = self.round.ranks_of(member.node)
+        return End(self.round.number, failure=lost_node(member.node, lost.get(member.node), ranks, 0, ""))
 
     def _check_lost(self, *, unless_ended: bool = False) -> None:
         """Raise NodeLost for one that the run cannot do without; who has said how it ended may leave."""

@@ -98,6 +98,7 @@ def test_a_launcher_killed_ends_the_others_and_is_named(node: int, tmp_path: Pat
     assert codes[1 - node] == 70
     output = launchers[1 - node].output
     assert f"error: node {node} " in output
+    assert f"with rank {node} is lost" in output
     assert "goes on from the last checkpoint" in output
     if node == 1:
         failure = json.loads((run / "attempts" / "0001" / "failure.json").read_text())
@@ -156,7 +157,7 @@ def test_an_elastic_run_shrinks_and_grows(tmp_path: Path) -> None:
     assert [e["world_size"] for e in events(run, "start")] == [2, 1, 2]
     (failed,) = events(run, "rank_failed")
     assert (failed.get("rank"), failed["node"]) == (None, 1)
-    assert f"[node 1] node 1 ({socket.gethostname()}) is lost" in first.output
+    assert f"[node 1] node 1 ({socket.gethostname()}) with rank 1 is lost" in first.output
     assert "node 1 came: saving at the next step boundary" in first.output
     starts = events(run, "start")
     assert starts[2]["resumed_from"] == f"step-{events(run, 'stop')[0]['step']:08d}"

@@ -235,4 +235,4 @@ def test_a_link_that_stays_cut_is_named_and_the_run_goes_on_once_it_is_mended(
     cluster.control("link", "node2", "up")
     wait_for_event(run, "job_start", 2, timeout_s=120)
     check_finished(cluster, run, undisturbed, 120)
-    assert "node2" in log
+    assert "node 1 (node2) with rank 1 is lost" in log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def test_submitted(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
     assert f"job {number}: exit code 0; over" in log
     assert f"job {number}" in cluster.distdl("slurm", "status", str(run))
     assert "exit code 0; over" in cluster.distdl("slurm", "logs", str(run))
+
+
+def test_the_doctor_examines_the_nodes_of_a_run(cluster: TestCluster, tmp_path: Path) -> None:
+    words = ["doctor", str(small(tmp_path)), "--on", "slurm", "--nodes", "2", "launch.slurm.cpus=2", "--json"]
+    code, said = cluster.say(PYTHON, "-m", "distdl", *words)
+    found = json.loads(said[said.index("{") :])
+    assert code == 0, said
+    processes = next(f["found"] for f in found["findings"] if f["check"] == "processes")
+    assert processes.startswith("2 on 2 node(s)"), processes
+    code, said = cluster.say(PYTHON, "-m", "distdl", *words[:-1], "data.name=", "data.path=/nowhere")
+    assert code == 3, said
+    assert "/nowhere" in said
 
 
 # --- a launcher inside a launcher ---

@@ -71,10 +71,7 @@ def sbatch_text(job: Job) -> str:
             "# Written by `distdl launch --on slurm`. The log's folder has to be there when it is submitted:",
             f"#   mkdir -p {shlex.quote(f'{job.run_dir}/{FOLDER}')}",
             *(f"#SBATCH {d}" for d in directives(job)),
-            "set -e",
-            *(f"export {name}={shlex.quote(str(value))}" for name, value in slurm.env.items()),
-            *(f"module load {shlex.quote(name)}" for name in slurm.modules),
-            *slurm.setup,
+            *preparation(slurm),
             f"exec {shlex.join(program(job))}",
             "",
         ]
@@ -93,14 +90,8 @@ def directives(job: Job) -> Iterator[str]:
         "nodes": f"{job.nodes.least}-{job.nodes.most}" if job.nodes.elastic else job.nodes.most,
         # With it, Slurm counts the tasks of the fewest nodes, and gives as many as those need.
         "ntasks-per-node": None if job.nodes.elastic else 1,
-        "cpus-per-task": slurm.cpus,
-        "mem": slurm.memory,
+        **_asked(slurm),
         "time": slurm.time,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
         "mail-user": slurm.mail_user,
         "mail-type": slurm.mail_type,
         "dependency": slurm.dependency,
@@ -109,14 +100,54 @@ def directives(job: Job) -> Iterator[str]:
         "signal": f"B:USR1@{slurm.warn_s}",
     }
     yield from (f"--{option}={quoted(str(value))}" for option, value in options.items() if value is not None)
-    if slurm.gpus:
-        kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
-        prefix = "gpu:" if slurm.gpu_option == "gres" else ""
-        yield f"--{slurm.gpu_option}={quoted(f'{prefix}{kind}{slurm.gpus}')}"
     if job.nodes.elastic:
         yield "--no-kill"  # the job goes on with the nodes that are left
     yield "--requeue"
     yield from slurm.extra
+
+
+def _asked(slurm: Slurm) -> dict[str, str | int | None]:
+    """What each node has to have, and who asks: option -> value."""
+    kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
+    prefix = "gpu:" if slurm.gpu_option == "gres" else ""
+    return {
+        "cpus-per-task": slurm.cpus,
+        "mem": slurm.memory,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        slurm.gpu_option: f"{prefix}{kind}{slurm.gpus}" if slurm.gpus else None,
+    }
+
+
+def doctor_command(job: Job, wait_s: float, *, as_json: bool) -> list[str]:
+    """The srun command that examines the nodes a run would get: one task on each, for ten minutes at most.
+
+    No shell but the nodes' own reads it, and there every value is a word.
+    """
+    slurm = job.slurm
+    options = {"job-name": "distdl-doctor", "nodes": job.nodes.most, "ntasks-per-node": 1, "time": "00:10:00"}
+    options |= {name: value for name, value in _asked(slurm).items() if value is not None}
+    python = slurm.python or "python3" if slurm.container else job.python
+    words = [python, "-m", "distdl", "doctor", "--wait", str(wait_s), *(["--json"] if as_json else [])]
+    return [
+        *("srun", *(f"--{name}={value}" for name, value in options.items())),
+        *(word for directive in slurm.extra for word in shlex.split(directive)),
+        *("bash", "-c", "\n".join([*preparation(slurm), 'exec "$@"']), "bash"),
+        *(*slurm.container, *words, "--", job.config, *job.overrides),
+    ]
+
+
+def preparation(slurm: Slurm) -> list[str]:
+    """The lines of shell that make a node's environment that of the run."""
+    return [
+        "set -e",
+        *(f"export {name}={shlex.quote(str(value))}" for name, value in slurm.env.items()),
+        *(f"module load {shlex.quote(name)}" for name in slurm.modules),
+        *slurm.setup,
+    ]
 
 
 def quoted(value: str) -> str:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from distdl.errors import PlanError, RecipeError
 from distdl.launch.place import Nodes
 from distdl.launch.slurm.profile import SHIPPED, find_profile, load_with_profile
-from distdl.launch.slurm.script import Job, directives, program, sbatch_text
+from distdl.launch.slurm.script import Job, directives, doctor_command, program, sbatch_text
 from distdl.recipe import load_recipe, recipe_hash
 from distdl.recipe.slurm import Slurm
 
@@ -145,6 +145,28 @@ def test_values_arrive_as_they_were_given(
         assert words_in(variables) == [a, b]
         assert words_in(loaded) == ["load", module]
         assert {p.name for p in Path(folder).iterdir()} == {"py thon", "took", "variables", "loaded"}
+
+
+@settings(max_examples=30)
+@given(config=VALUE, overrides=st.lists(VALUE, max_size=3), a=VALUE, b=VALUE, module=LINE)
+def test_the_doctor_s_values_too(config: str, overrides: list[str], a: str, b: str, module: str) -> None:
+    """What srun would start on a node, started here."""
+    with tempfile.TemporaryDirectory(prefix="a b $(c) '") as folder:
+        stub = Path(folder) / "py thon"
+        stub.write_text(STUB)
+        stub.chmod(0o700)
+        slurm = Slurm(env={"A": a, "B_2": b}, modules=(module,), gpus=2, setup=("true",))
+        job = Job(config, tuple(overrides), "runs/x", Nodes(2), 1, str(stub), slurm)
+        words = doctor_command(job, 30.0, as_json=False)
+        assert {"srun", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"} <= set(words)
+        took, variables = (Path(folder) / name for name in ("took", "variables"))
+        environment = {**os.environ, "ARGUMENTS": str(took), "VARIABLES": str(variables)}
+        shell = words[words.index("bash") :]
+        shell[2] = "module() { :; }\n" + shell[2]
+        subprocess.run(shell, check=True, cwd=folder, env=environment)
+        assert words_in(took)[-len(overrides) - 2 :] == ["--", config, *overrides]
+        assert words_in(variables) == [a, b]
+        assert {p.name for p in Path(folder).iterdir()} == {"py thon", "took", "variables"}
 
 
 def read_directive(text: str) -> list[str]:
