@@ -90,7 +90,7 @@ def check(folder: Path, kills: int, steps: int, seed: int) -> None:
 
 @pytest.mark.timeout(420)
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    check(tmp_path, kills=20, steps=1500, seed=20)
+    check(tmp_path, kills=20, steps=1100, seed=20)
 
 
 @pytest.mark.campaign

@@ -127,7 +127,7 @@ def test_a_stop_reaches_all_hosts(server: Server, tmp_path: Path) -> None:
     assert stop["saved"] == stop["step"]
 
 
-@pytest.mark.parametrize("victim", ["client", "launcher"])
+@pytest.mark.parametrize("victim", [pytest.param("client", marks=pytest.mark.campaign), "launcher"])
 def test_hosts_notice_when_ssh_or_the_launcher_dies(victim: str, server: Server, tmp_path: Path) -> None:
     with start(server, tmp_path, *TWO, train=ENDLESS) as command:
         wait_for_event(tmp_path / "run", "first_step")

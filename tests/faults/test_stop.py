@@ -115,7 +115,9 @@ def test_one_interrupt_saves(tmp_path: Path) -> None:
         command.assert_nobody_left()
 
 
-@pytest.mark.parametrize("target", ["launcher", "forkserver", "worker"])
+@pytest.mark.parametrize(
+    "target", ["launcher", pytest.param("forkserver", marks=pytest.mark.campaign), "worker"]
+)
 def test_no_orphan_under_a_single_kill(target: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"max_steps": 400}, launch={"max_restarts": 0})
     with start(recipe) as command:

@@ -245,6 +245,7 @@ def test_a_stop_while_the_first_shard_is_waited_for(tmp_path: Path, server: S3Se
         command.assert_nobody_left()
 
 
+@pytest.mark.campaign
 def test_workers_stream_and_hear_of_a_stop(
     tmp_path: Path, server: S3Server, local: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ddp_sharded": ({"engine": "ddp", "shard_optimizer": True}, {}),
     "ddp_exact_sharded": ({"engine": "ddp", "shard_optimizer": True}, {"reduction": "exact"}),
     "fsdp": ({"engine": "fsdp"}, {}),
+    "fsdp_exact": ({"engine": "fsdp"}, {"reduction": "exact"}),
     "zero0": ({"engine": "zero0"}, {}),
     "zero1": ({"engine": "zero1"}, {}),
     "zero2": ({"engine": "zero2"}, {}),
@@ -29,17 +30,22 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Name -> section `hardware`, section `train`."""
 
 QUICK = {("ddp", 2), ("ddp_exact", 2), ("accelerate", 2)}
-UNEVEN = {("ddp_exact_sharded", 3), ("fsdp", 3)}
+ALIKE = ("fsdp_exact", "zero1", "zero2")
+"""Those whose code the others have run already, but for what tests of their own look at: in the long run, or
+by this file's name.
+"""
+LONG = (pytest.mark.slow, pytest.mark.campaign)
 
 
 def marks(name: str, size: int) -> Any:
-    """World 2, and 3 by two ways of sharing, in every run of the suite; all in the long one, or by this
-    file's name.
-    """
+    """World 2, and 3 by one way of sharing, in every run of the suite; all in the long one."""
     if (name, size) in QUICK:
         return ()
-    usual = size == 2 or (name, size) in UNEVEN
+    usual = (size == 2 and name != "fsdp_exact") or (name, size) == ("fsdp", 3)
     return (pytest.mark.slow, *(() if usual else (pytest.mark.campaign,)))
+
+
+BEHAVIOURS = [pytest.param(n, marks=LONG if n in ALIKE else pytest.mark.slow) for n in ENGINES]
 
 
 WORLDS = [
@@ -115,7 +121,7 @@ def skip_all(world: World, engine: dict[str, Any], train: dict[str, Any]) -> dic
     return {"before": before, "after": after, "end": run.state()}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in ENGINES])
+@pytest.mark.parametrize("name", BEHAVIOURS)
 def test_a_step_that_is_not_finite_is_skipped_by_all(name: str) -> None:
     for states in run_world(skip_all, 2, *ENGINES[name]):
         before, after = states["before"], states["after"]
@@ -133,7 +139,7 @@ def first_gradients(world: World, engine: dict[str, Any], train: dict[str, Any])
     return run.state() | {"norm": torch.tensor(applied.grad_norm)}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in ENGINES])
+@pytest.mark.parametrize("name", BEHAVIOURS)
 def test_ragged_batches_have_the_gradient_of_one_big_batch(name: str) -> None:
     from tests.multiprocess.contract import GLOBAL, build, ids_of, plan_for, recipe_for
 
@@ -177,7 +183,7 @@ def start_off(world: World, engine: dict[str, Any], train: dict[str, Any]) -> An
     return run.state(), evaluated(run.engine)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in ENGINES])
+@pytest.mark.parametrize("name", BEHAVIOURS)
 def test_any_engine_takes_what_ddp_wrote_and_gives_it_back_to_the_bit(name: str) -> None:
     """And evaluates the averaged weights with it."""
     state, logits = run_world(start_off, 1, *ENGINES["ddp"])[0]
@@ -213,7 +219,7 @@ def low_precision(world: World, engine: dict[str, Any], train: dict[str, Any]) -
     return ends
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in ENGINES])
+@pytest.mark.parametrize("name", BEHAVIOURS)
 def test_bf16_and_fp16_stay_near_fp32(name: str) -> None:
     """The weights stay fp32, and norms are within the precision of the arithmetic."""
     wanted = {precision: by_hand(case, 8) for precision, (case, _) in LOW.items()}

@@ -198,7 +198,11 @@ OFFLOADING = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "runs"),
-    [(1, [{"engine": "zero3"}]), (2, OFFLOADING), (3, [{"engine": "zero1"}, {"engine": "zero2"}])],
+    [
+        (1, [{"engine": "zero3"}]),
+        (2, OFFLOADING),
+        pytest.param(3, [{"engine": "zero1"}, {"engine": "zero2"}], marks=pytest.mark.campaign),
+    ],
 )
 def test_other_worlds_and_offload_compute_the_same(
     size: int, runs: list[dict[str, Any]], tmp_path: Path

@@ -22,7 +22,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 TWO = ["srun", "--nodes=2", "--ntasks-per-node=1"]
 SRUN: dict[str, list[str]] = {
     "srun train": [*TWO, PYTHON, *TRAIN],
-    "srun train, one node": ["srun", "--nodes=1", "--ntasks=2", PYTHON, *TRAIN],
+    "srun train, one node": ["srun", "--nodes=1", "--ntasks=2", PYTHON, *TRAIN],  # in the long run
     "srun distdl launch": [*TWO, PYTHON, "-m", "distdl", "launch", "--nodes=2", "--procs=1"],
     "srun torchrun": [
         *TWO, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1",
@@ -31,7 +31,9 @@ SRUN: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", SRUN)
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=pytest.mark.campaign) if "one node" in w else w for w in SRUN]
+)
 def test_under_srun(way: str, cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
     code, said = cluster.say(*SRUN[way], str(small(tmp_path)))
     assert code == 0, said
