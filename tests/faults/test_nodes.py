@@ -106,6 +106,7 @@ def test_a_launcher_killed_ends_the_others_and_is_named(node: int, tmp_path: Pat
         assert events(run, "node_lost")[0]["node"] == 1
 
 
+@pytest.mark.campaign
 def test_a_spent_budget_names_the_rank_and_its_node_on_every_node(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, launch={"max_restarts": 1})
     with nodes(recipe, 1, 1, fail_at="1:train.step@14:kill") as launchers:
