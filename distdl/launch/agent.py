@@ -250,7 +250,7 @@ class RunAgent(LocalElasticAgent):
         """Write down that a node is lost; returns what `failure.json` has."""
         step, phase, _ = Heartbeat.read(self.attempt / "heartbeat")
         ranks = self._peers.round.ranks_of(lost.node)
-        self.failure = lost_node(lost.node, lost.host, ranks, step, phase)
+        self.failure = first_failure([lost_node(lost.node, lost.host, ranks)], step, phase)
         if self._peers.node == 0:
             if self._peers.round.number:
                 write_failure(self.attempt, self.failure)

@@ -57,13 +57,18 @@ def first_failure(failures: Sequence[dict[str, Any]], step: int, phase: str) -> 
     return known | {"step": step, "phase": phase, "all_failed": everyone}
 
 
-def lost_node(node: int, host: str | None, ranks: Sequence[int], step: int, phase: str) -> dict[str, Any]:
-    """The failure of a node that is gone with all its `ranks`, which are none before the first attempt."""
+def lost_node(node: int, host: str | None, ranks: Sequence[int]) -> dict[str, Any]:
+    """The failure of a node that is gone with all its `ranks`, which are none before the first attempt; for
+    `first_failure`, of which it is the cause of all others.
+    """
     names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
     who = f"node {node}{f' ({host})' if host else ''}{f' with {names}' if ranks else ''}"
     cause = f"{who} is lost: its launcher ended or cannot be reached"
-    where = {"node": node, "host": host, "cause": cause, "time": time.time(), "step": step, "phase": phase}
-    return where | {
+    return {
+        "node": node,
+        "host": host,
+        "cause": cause,
+        "time": time.time(),
         "rank": None,
         "pid": None,
         "traceback": None,

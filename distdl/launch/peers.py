@@ -254,7 +254,7 @@ class Peers:
         if not gone or not self.crew.elastic or member.node == 0:
             return None
         ranks = self.round.ranks_of(member.node)
-        return End(self.round.number, failure=lost_node(member.node, lost.get(member.node), ranks, 0, ""))
+        return End(self.round.number, failure=lost_node(member.node, lost.get(member.node), ranks))
 
     def _check_lost(self, *, unless_ended: bool = False) -> None:
         """Raise NodeLost for one that the run cannot do without; who has said how it ended may leave."""

@@ -15,5 +15,6 @@ for _module in (
     "torch.distributed.elastic.multiprocessing.api",
     "torch.nn.parallel",
     "distdl.launch.worker",
+    "distdl.train.process",
 ):
     importlib.import_module(_module)

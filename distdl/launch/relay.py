@@ -114,9 +114,12 @@ class Hub(threading.Thread):
         for message in lines.read():
             if lines in self._strangers:
                 self._admit(lines, message)
-            else:
+            elif isinstance(message, dict) and message.keys() == {"key", "value"}:
                 node = next(n for n, member in self._members.items() if member is lines)
-                self._say(node, message["key"], message["value"])
+                self._say(node, str(message["key"]), message["value"])
+            else:  # not our protocol: what says it is no agent any more
+                self._dismiss(lines)
+                return
         if lines.over():
             self._dismiss(lines)
 

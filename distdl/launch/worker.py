@@ -10,7 +10,6 @@ from distdl.launch.logs import redirect
 from distdl.lifeline import die_with_parent
 from distdl.recipe import Recipe
 from distdl.topology import Topology
-from distdl.train.process import Options, train_process
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,9 @@ class WorkOrder:
 
 def work(order: WorkOrder) -> int:
     """Entry point of a worker; returns the run's exit code. A crash ends the process with code 70 instead."""
+    # Not above: the launcher, which names this function, would import it all too.
+    from distdl.train.process import Options, train_process
+
     die_with_parent()
     rank = int(os.environ["RANK"])  # the agent's; whatever else is wrong is told in the log
     log = Path(order.attempt) / "logs" / f"rank-{rank:05d}.log"

@@ -194,7 +194,8 @@ def test_a_server_gone_for_good_ends_in_an_error_and_the_run_goes_on_from_disk(
     assert_same_bits(tensors_of(run), tensors_of(undisturbed))
 
 
-@pytest.mark.parametrize("hangs", [pytest.param(False, marks=pytest.mark.campaign), True])
+@pytest.mark.campaign
+@pytest.mark.parametrize("hangs", [False, True])
 def test_a_stop_while_waiting_saves_and_leaves_at_once(
     tmp_path: Path, server: S3Server, local: Path, url: str, undisturbed: Path, hangs: bool
 ) -> None:

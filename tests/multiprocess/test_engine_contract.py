@@ -41,7 +41,7 @@ def marks(name: str, size: int) -> Any:
     """World 2, and 3 by one way of sharing, in every run of the suite; all in the long one."""
     if (name, size) in QUICK:
         return ()
-    usual = (size == 2 and name != "fsdp_exact") or (name, size) == ("fsdp", 3)
+    usual = (size == 2 and name not in ("fsdp_exact", "zero1")) or (name, size) == ("fsdp", 3)
     return (pytest.mark.slow, *(() if usual else (pytest.mark.campaign,)))
 
 

@@ -53,7 +53,14 @@ def loop(world: World, recipe: Recipe) -> int:
     return 0
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "zero2"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=(pytest.mark.slow, pytest.mark.campaign)),
+    ],
+)
 def test_it_is_the_run_of_the_loop_of_distdl(engine: str, tmp_path: Path) -> None:
     assert run_world(train_rank, 2, recipe_of(tmp_path / "theirs", engine=engine)) == [0, 0]
     assert run_world(loop, 2, recipe_of(tmp_path / "own", engine=engine)) == [0, 0]

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from distdl.checkpoint.convert.pickles import require_trust
 from distdl.errors import Corrupt
@@ -22,6 +19,11 @@ def read(path: Path, trusted: bool) -> dict[str, Any]:
     CheckpointError where pickles are not trusted, Corrupt.
     """
     require_trust(path / ".metadata", "what DCP keeps its index in", trusted)
+    # Here, since every process of every run would pay three quarters of a second for them.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     try:
         reader = FileSystemReader(path)
         metadata = reader.read_metadata()

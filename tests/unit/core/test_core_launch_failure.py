@@ -130,7 +130,8 @@ def test_of_several_nodes_the_one_that_failed_first(attempt: Attempt) -> None:
 
 
 def test_a_lost_node_is_named_with_its_host() -> None:
-    found = lost_node(1, "gpu07", range(4, 6), step=3, phase="step")
+    found = first_failure([lost_node(1, "gpu07", range(4, 6))], step=3, phase="step")
     assert found["cause"].startswith("node 1 (gpu07) with ranks 4, 5 is lost")
-    assert lost_node(1, None, (), 0, "")["cause"].startswith("node 1 is lost")
+    assert lost_node(1, None, ())["cause"].startswith("node 1 is lost")
+    assert "order" not in found
     assert (found["rank"], found["node"], found["step"]) == (None, 1, 3)

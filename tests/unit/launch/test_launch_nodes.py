@@ -217,6 +217,16 @@ def test_strangers_are_sent_away_and_harm_nobody(ring: Ring) -> None:
     assert hear(ring.links[0], "word", 0) == 1
 
 
+def test_a_member_that_talks_nonsense_is_lost_and_the_hub_goes_on(ring: Ring) -> None:
+    first, second, third = ring.join(0), ring.join(1), ring.join(2)
+    for link, nonsense in ((second, b"[1, 2]\n"), (third, b'{"key": "end"}\n')):
+        link._lines.connection.sendall(nonsense)
+    for node in (1, 2):
+        assert hear(first, relay.LOST, node) == socket.gethostname()
+    first.say("word", 1)
+    assert hear(first, "word", 0) == 1
+
+
 def test_another_program_at_the_port_is_recognised() -> None:
     far, near = socket.socketpair()
     with far:
