@@ -1,0 +1,339 @@
+"""Misconfigurations that people meet, really made on a Slurm cluster: the doctor names each, with its fix.
+
+What is wrong, and what a right diagnosis says, is in seeded.yaml. Here is how each is made and undone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import distdl
+from distdl.data.catalogue import CATALOGUE
+from slurm.local_cluster import missing
+from tests.faults.mounts import small_disk
+from tests.faults.support import wait_for_event, write_recipe
+from tests.runs import train_here
+from tests.slurm.conftest import TestCluster, running, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.campaign]
+
+KINDS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("seeded.yaml").read_text())
+NODES = ("node1", "node2")
+
+# Two tasks, one a node. Slurm ends the job where the doctor itself would hang.
+SRUN = ["srun", "--nodes=2", "--ntasks-per-node=1", "--time=4"]
+PATIENCE_S = 300.0
+
+
+@dataclass
+class Bench:
+    """What a seed has to work with. `disk` is a small file system that both nodes see."""
+
+    cluster: TestCluster
+    folder: Path
+    disk: Path
+
+    def done(self, node: str, *words: str) -> None:
+        """A command on a node that has to succeed: a seed that is not really made proves nothing."""
+        code, said = self.cluster.say(*words, on=node)
+        assert code == 0, f"{' '.join(words)} on {node}: {said}"
+
+    @contextmanager
+    def mounted(self, node: str, place: Path | str, *how: str) -> Iterator[None]:
+        """`mount HOW PLACE` on one node, which the others do not see."""
+        self.done(node, "mount", *how, str(place))
+        try:
+            yield
+        finally:
+            self.done(node, "umount", "--lazy", str(place))  # lazily: a process may still look at it
+
+    def own_disk(self, node: str, place: Path) -> AbstractContextManager[None]:
+        """An empty disk of the node's own at a place that the others have another at."""
+        place.mkdir(parents=True, exist_ok=True)
+        return self.mounted(node, place, "-t", "tmpfs", "tmpfs")
+
+
+@dataclass
+class Job:
+    """What is started on both nodes: a recipe, more environment, and shell commands that come before."""
+
+    recipe: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    before: str = ""
+
+    def words(self, *command: str) -> list[str]:
+        """`python -m distdl COMMAND RECIPE` as a job of two tasks."""
+        shell = ["bash", "-c", f'{self.before}\nexec "$@"', "bash"]
+        environment = [f"{name}={value}" for name, value in self.environment.items()]
+        return [
+            *SRUN,
+            "env",
+            *environment,
+            *shell,
+            sys.executable,
+            "-m",
+            "distdl",
+            *command,
+            str(self.recipe),
+        ]
+
+
+Seed = Callable[[Bench], AbstractContextManager[Job]]
+SEEDS: dict[str, Seed] = {}
+
+
+def seed(make: Callable[[Bench], Iterator[Job]]) -> Seed:
+    """A generator that makes a problem, yields the job that meets it, and undoes it."""
+    SEEDS[make.__name__] = contextmanager(make)
+    return SEEDS[make.__name__]
+
+
+# --- names and network ---
+
+
+@seed
+def own_name_is_loopback(bench: Bench) -> Iterator[Job]:
+    known = (bench.cluster.cluster.folder / "hosts").read_text().splitlines()
+    with ExitStack() as stack:
+        for node in NODES:
+            others = [line for line in known if node not in line.split()]
+            hosts = bench.folder / f"hosts-{node}"
+            hosts.write_text("\n".join([*others, f"127.0.1.1 {node}"]) + "\n")
+            stack.enter_context(bench.mounted(node, "/etc/hosts", "--bind", str(hosts)))
+        yield Job(write_recipe(bench.folder))
+
+
+@seed
+def nodes_do_not_reach_each_other(bench: Bench) -> Iterator[Job]:
+    # A hardware address that nobody has: what is sent there is lost without an answer.
+    peers = {node: (f"10.213.7.{3 - int(node[-1])}", "dev", "eth0") for node in NODES}
+    nowhere = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
+    try:
+        for node, peer in peers.items():
+            bench.done(node, "ip", "neigh", "replace", *peer, *nowhere)
+        yield Job(write_recipe(bench.folder))
+    finally:
+        for node, peer in peers.items():
+            bench.done(node, "ip", "neigh", "del", *peer)
+
+
+@seed
+def jumbo_frames(bench: Bench) -> Iterator[Job]:
+    # Each packet by itself: a cable inside a kernel would otherwise pass many as one, whatever their length.
+    card = ("ip", "link", "set", "dev", "eth0")
+    try:
+        for node in NODES:
+            bench.done(node, *card, "mtu", "9000")
+            bench.done(node, *card, "gso_max_segs", "1")
+        yield Job(write_recipe(bench.folder))
+    finally:
+        for node in NODES:
+            bench.done(node, *card, "mtu", "1500")
+            bench.done(node, *card, "gso_max_segs", "65535")
+
+
+# --- environment variables ---
+
+
+@seed
+def interface_that_is_not_there(bench: Bench) -> Iterator[Job]:
+    yield Job(write_recipe(bench.folder), {"GLOO_SOCKET_IFNAME": "ib0"})
+
+
+@seed
+def master_addr_is_localhost(bench: Bench) -> Iterator[Job]:
+    yield Job(write_recipe(bench.folder), {"MASTER_ADDR": "localhost"})
+
+
+# --- file systems ---
+
+
+@seed
+def run_directory_not_shared(bench: Bench) -> Iterator[Job]:
+    local = bench.folder / "local"
+    with bench.own_disk("node2", local):
+        yield Job(write_recipe(bench.folder, run={"dir": str(local / "run")}))
+
+
+@seed
+def disk_full(bench: Bench) -> Iterator[Job]:
+    occupied = bench.disk / "occupied"
+    try:
+        free = shutil.disk_usage(bench.disk).free
+        occupied.write_bytes(bytes(free - 16 * 1024))
+        yield Job(write_recipe(bench.folder, run={"dir": str(bench.disk / "run")}))
+    finally:
+        occupied.unlink(missing_ok=True)
+        shutil.rmtree(bench.disk / "run", ignore_errors=True)
+
+
+# --- limits ---
+
+
+@seed
+def few_open_files(bench: Bench) -> Iterator[Job]:
+    yield Job(write_recipe(bench.folder), before='test "$SLURMD_NODENAME" = node1 || ulimit -n 64')
+
+
+# --- versions and code ---
+
+
+@seed
+def older_code_on_one_node(bench: Bench) -> Iterator[Job]:
+    (package,) = distdl.__path__
+    own = bench.folder / "distdl"
+    shutil.copytree(package, own, ignore=shutil.ignore_patterns("__pycache__"))
+    with (own / "train" / "schedule.py").open("a") as file:
+        file.write("\n\nWARM_UP_STEPS = 100\n")
+    with bench.mounted("node2", package, "--bind", str(own)):
+        yield Job(write_recipe(bench.folder))
+
+
+# --- devices ---
+
+
+@seed
+def cuda_without_gpu(bench: Bench) -> Iterator[Job]:
+    yield Job(write_recipe(bench.folder, hardware={"device": "cuda"}))
+
+
+# --- processes ---
+
+
+@seed
+def run_directory_in_use(bench: Bench) -> Iterator[Job]:
+    job = Job(write_recipe(bench.folder, train={"max_steps": 1_000_000}))
+    forgotten = subprocess.Popen(
+        bench.cluster.cluster.inside("ctl", ["env", f"--chdir={Path.cwd()}", *job.words("train")]),
+        env=bench.cluster.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_event(bench.folder / "run", "save")
+        yield job
+    finally:
+        cancel_all(bench.cluster)
+        forgotten.wait(60)
+
+
+# --- recipe and data ---
+
+
+@seed
+def data_missing_on_one_node(bench: Bench) -> Iterator[Job]:
+    source, copy = CATALOGUE["fashion_mnist"].embedded, bench.folder / "data"
+    assert source is not None
+    shutil.copytree(source, copy)
+    with bench.own_disk("node2", copy):
+        yield Job(write_recipe(bench.folder, data={"name": None, "path": str(copy)}))
+
+
+@seed
+def checkpoints_of_another_model(bench: Bench) -> Iterator[Job]:
+    train_here(write_recipe(bench.folder, train={"max_steps": 10}), 1)
+    yield Job(write_recipe(bench.folder, model={"width": 8}))
+
+
+# --- what the doctor says ---
+
+_LEVEL = re.compile(r"\W*(fail|warn|ok|pass|skip|note|info|unknown)\w*\b", re.IGNORECASE)
+
+
+@dataclass
+class Finding:
+    """One finding: its level, and all it says before its first line of fix, and from there on."""
+
+    level: str
+    diagnosis: str = ""
+    fix: str = ""
+
+
+def findings_of(said: str) -> list[Finding]:
+    """The findings in what the doctor printed, in lower case. A line of fix begins with `do:`."""
+    found: list[Finding] = []
+    for line in said.lower().splitlines():
+        level = None if line.startswith(" ") else _LEVEL.match(line)
+        if level:
+            found.append(Finding(level[1]))
+        if not found:
+            continue
+        if found[-1].fix or line.strip().startswith("do:"):
+            found[-1].fix += line + "\n"
+        else:
+            found[-1].diagnosis += line + "\n"
+    return found
+
+
+def troubles_of(said: str) -> list[Finding]:
+    return [finding for finding in findings_of(said) if finding.level in ("fail", "warn")]
+
+
+def has(text: str, wanted: list[str]) -> bool:
+    """Whether it contains, of each entry, one of the alternatives."""
+    return all(any(word in text for word in entry.split("|")) for entry in wanted)
+
+
+def cancel_all(cluster: TestCluster) -> None:
+    for job in cluster.say("squeue", "--noheader", "--format=%i")[1].split():
+        cluster.say("scancel", job)
+    wait_until(lambda: not cluster.queue(), 60, "all jobs end")
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small file system. Mounted before the nodes start, so that all of them have it."""
+    if missing():
+        pytest.skip(missing())
+    with small_disk(tmp_path_factory.mktemp("disk") / "small", "4m") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cluster(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """A cluster of this module's own: it has the small disk, and no other test meets what is broken here."""
+    with running(tmp_path_factory.mktemp("cluster"), nodes=2) as made:
+        yield made
+
+
+@pytest.fixture
+def bench(cluster: TestCluster, tmp_path: Path, disk: Path) -> Iterator[Bench]:
+    try:
+        yield Bench(cluster, tmp_path, disk)
+    finally:
+        cancel_all(cluster)
+        idle = cluster.cluster.idle
+        wait_until(lambda: idle() == len(NODES), 60, "both nodes are idle again")
+
+
+def test_every_kind_has_a_seed() -> None:
+    assert list(KINDS) == list(SEEDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_doctor_names_it(kind: str, bench: Bench) -> None:
+    with SEEDS[kind](bench) as job:
+        code, said = bench.cluster.say(*job.words("doctor"), timeout_s=PATIENCE_S)
+    troubles = troubles_of(said)
+    named = [finding for finding in troubles if has(finding.diagnosis, KINDS[kind]["words"])]
+    assert named, said
+    assert any(has(finding.fix, KINDS[kind]["fix_words"]) for finding in named), said
+    assert code == (3 if any(finding.level == "fail" for finding in troubles) else 0), said
+
+
+def test_a_healthy_cluster_has_no_trouble(bench: Bench) -> None:
+    code, said = bench.cluster.say(*Job(write_recipe(bench.folder)).words("doctor"), timeout_s=PATIENCE_S)
+    assert findings_of(said), said
+    assert not troubles_of(said), said
+    assert code == 0, said
