@@ -33,6 +33,8 @@ DIVERGED = 6
 RANK_FAILED = 70
 STOPPED = 75
 STOPPED_BEFORE_START = 143
+STOPS = (STOPPED, STOPPED_BEFORE_START)
+"""Of a run that was asked to stop: no failure."""
 
 
 class DistdlError(Exception):

@@ -12,9 +12,21 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from distdl import errors
+from distdl.cli.arguments import (
+    AllowChanged,
+    CheckpointPath,
+    Config,
+    EngineName,
+    NodesAsked,
+    Overrides,
+    Procs,
+    load,
+    overrides_of,
+)
 from distdl.cli.ckpt import ckpt_app
 from distdl.cli.data import data_app
-from distdl.cli.slurm import doctor_on_slurm, launch_on_slurm, slurm_app
+from distdl.cli.doctor import doctor_command
+from distdl.cli.slurm import launch_on_slurm, slurm_app
 from distdl.cli.ssh import launch_over_ssh
 from distdl.errors import DistdlError, PlanError
 from distdl.launch.place import Nodes, Place
@@ -35,37 +47,6 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(slurm_app, name="slurm")
-
-Config = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads this at run time on Python 3.10
-    typer.Argument(help="Keys to change, such as optim.lr=0.05."),
-]
-Procs = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Processes on each machine; default: launch.procs, or one a GPU."),
-]
-NodesAsked = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--nodes",
-        metavar="N or MIN:MAX",
-        help="Machines, or the fewest and the most of them; default: launch.nodes.",
-    ),
-]
-EngineName = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--engine", help="Short for hardware.engine=NAME."),
-]
-CheckpointPath = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--checkpoint", help="A checkpoint's folder or URL; default: the newest valid one of the run."
-    ),
-]
-AllowChanged = Annotated[
-    bool, typer.Option("--allow-changed", help="Go on from a checkpoint of another recipe.")
-]
 
 
 def run() -> int:
@@ -133,18 +114,18 @@ def launch(
     """Train with several processes; restart them from the last checkpoint if they fail."""
     asked = Nodes.parse(nodes) if nodes is not None else None
     if on == "slurm":
-        given = _overrides(overrides, engine)
+        given = overrides_of(overrides, engine)
         return launch_on_slurm(
             config, given, asked, procs, dry_run=dry_run, test_only=test_only, allow_changed=allow_changed
         )
     if test_only:
         raise PlanError("--test-only asks Slurm's controller; it goes with --on slurm")
-    recipe = _load(config, overrides, engine)
+    recipe = load(config, overrides, engine)
     if on == "ssh":
         return launch_over_ssh(
             recipe,
             config,
-            _overrides(overrides, engine),
+            overrides_of(overrides, engine),
             hostfile=hostfile,
             nodes=asked,
             procs=procs,
@@ -192,7 +173,7 @@ def train(
     allow_changed: AllowChanged = False,
 ) -> int:
     """Train as one process: alone, or as one rank under torchrun, srun or mpirun."""
-    recipe, topology = _load(config, overrides, engine), Topology.from_env(os.environ)
+    recipe, topology = load(config, overrides, engine), Topology.from_env(os.environ)
     if topology.launcher == "torchrun":
         die_with_parent(init_is_fine=True)  # an agent that is killed leaves its workers behind otherwise
     from distdl.train.process import Options, exit_code_for, train_process
@@ -255,7 +236,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> int:
     """Print what would happen, on a machine that need not be able to do it. Imports no torch."""
-    recipe = _load(config, overrides, engine)
+    recipe = load(config, overrides, engine)
     decided = _plan(recipe, nodes, procs)
     needed = None
     if memory:
@@ -270,48 +251,7 @@ def plan(
     return errors.DONE
 
 
-@app.command()
-def doctor(
-    config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="A recipe, whose needs are checked too."),
-    ] = None,
-    overrides: Overrides = None,
-    engine: EngineName = None,
-    wait: Annotated[
-        float, typer.Option(min=1, help="Seconds that the processes of a job wait for each other.")
-    ] = 30.0,
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Mend what can be mended safely: locks that killed builds left.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
-    on: Annotated[
-        Literal["here", "slurm"],
-        typer.Option(help="slurm: examine the nodes that the recipe asks Slurm for, one process on each."),
-    ] = "here",
-    nodes: NodesAsked = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --on slurm: print the command, and stop.")
-    ] = False,
-) -> int:
-    """Say what would make a run fail here, and what to do: alone, or as every process of a job.
-
-    Alone it looks at this machine. Started as a run would be (`torchrun -m distdl doctor`, `srun python -m
-    distdl doctor`) the processes also compare with each other. Exit code 3 where something would fail.
-    """
-    from distdl.doctor.collect.recipe import Asked
-    from distdl.doctor.report import show
-    from distdl.doctor.run import examine
-
-    if on == "slurm":
-        if config is None or fix:
-            raise PlanError("doctor --on slurm needs a recipe, which says what to ask for, and mends nothing")
-        given, many = _overrides(overrides, engine), Nodes.parse(nodes) if nodes else None
-        return doctor_on_slurm(config, given, many, wait_s=wait, as_json=as_json, dry_run=dry_run)
-    asked = Asked(config, _load(config, overrides or [], engine)) if config else None
-    report = examine(asked, os.environ, wait_s=wait, fix=fix)
-    show(report, as_json=as_json)
-    return report.code
+app.command("doctor")(doctor_command)
 
 
 @app.command()
@@ -326,14 +266,6 @@ def version() -> int:
     """Print the version."""
     print(__version__)  # noqa: T201
     return errors.DONE
-
-
-def _load(config: str, overrides: list[str] | None, engine: str | None) -> Recipe:
-    return load_recipe(config, _overrides(overrides, engine))
-
-
-def _overrides(overrides: list[str] | None, engine: str | None) -> list[str]:
-    return [*(overrides or []), *([f"hardware.engine={engine}"] if engine else [])]
 
 
 def _plan(recipe: Recipe, nodes: int, procs: int | None) -> Plan:

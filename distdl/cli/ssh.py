@@ -34,10 +34,11 @@ def launch_over_ssh(
     if path is None:
         raise PlanError("--on ssh needs --hostfile FILE, with lines such as: node01 slots=8")
     hosts = read_hosts(path)
-    if nodes is not None and nodes.elastic:
+    wanted = nodes or Nodes.of(recipe)
+    if wanted.elastic:
         raise PlanError(
-            f"--nodes {nodes} with --on ssh: all hosts are needed there; start the launchers one by one "
-            "(docs/several-nodes.md) for a run that goes on with those that are left"
+            f"--nodes {wanted} (launch.min_nodes) with --on ssh: all hosts are needed there; start the "
+            "launchers one by one (docs/several-nodes.md) for a run that goes on with those that are left"
         )
     if nodes is not None and nodes.most > len(hosts):
         raise PlanError(f"--nodes {nodes}: {path} has {len(hosts)} hosts")

@@ -34,7 +34,6 @@ logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
 
 
-STOPS = (errors.STOPPED, errors.STOPPED_BEFORE_START)
 _STOPPING = "\n{}: stopping at the next step boundary, all ranks together (Ctrl-C twice ends at once)\n"
 
 
@@ -221,7 +220,7 @@ class RunAgent(LocalElasticAgent):
         failures = [end.failure for end in ends if end.failure is not None]
         code = max(end.code or 0 for end in ends)
         stopping = any(end.stopping for end in ends)
-        if not failures and self._peers.growing and code in STOPS and not stopping:
+        if not failures and self._peers.growing and code in errors.STOPS and not stopping:
             self.failure = None
             self._remaining_restarts += 1  # the parent class takes one, and nothing has failed
             return RunResult(WorkerState.FAILED)

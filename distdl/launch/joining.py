@@ -69,7 +69,7 @@ def joined(ground: Ground, recipe: Recipe, say: Callable[[str], None]) -> Iterat
     peers = Peers(Link(connection, place.node, identity), place.node, crew)
     try:
         if place.node == 0 or not crew.elastic:  # of an elastic crew, node 0 says when it begins
-            _wait_for_all(peers, place, crew, say)
+            _wait_for_all(peers, place, say)
         yield peers, address
     finally:
         peers.leave()
@@ -77,19 +77,20 @@ def joined(ground: Ground, recipe: Recipe, say: Callable[[str], None]) -> Iterat
             hub.close()
 
 
-def _wait_for_all(peers: Peers, place: Place, crew: Crew, say: Callable[[str], None]) -> None:
+def _wait_for_all(peers: Peers, place: Place, say: Callable[[str], None]) -> None:
+    """Blocks until all are there; of an elastic crew, until enough are and the rest have had their time."""
+    crew = peers.crew
     began, told = time.monotonic(), False
     while missing := peers.missing():
         waited = time.monotonic() - began
-        if crew.nodes - len(missing) >= crew.least and crew.elastic and waited > crew.gather_s:
+        if crew.elastic and crew.nodes - len(missing) >= crew.least and waited > crew.gather_s:
             return
-        limit_s = crew.timeout_s
         names = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {place.nodes}"
-        if waited > limit_s:
+        if waited > crew.timeout_s:
             raise EnvironmentProblem(
-                f"{names} did not come to {place.rendezvous} within {limit_s:g} s (launch.timeout_s): see "
-                "what their launchers say. Every node needs the same --nodes and --rendezvous, a --node-rank "
-                "of its own, and a way to this address that no firewall blocks"
+                f"{names} did not come to {place.rendezvous} within {crew.timeout_s:g} s (launch.timeout_s): "
+                "see what their launchers say. Every node needs the same --nodes and --rendezvous, a "
+                "--node-rank of its own, and a way to this address that no firewall blocks"
             )
         if not told and waited > _SAY_AFTER_S:
             say(f"waiting at {place.rendezvous} for {names}")

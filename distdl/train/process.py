@@ -195,5 +195,5 @@ def exit_code_for(topology: Topology, code: int) -> int:
     """The code that `distdl train` ends with. torchrun restarts its workers on any code but 0, so a stop on
     request leaves as 0 there; events.jsonl says why. Errors keep their codes everywhere.
     """
-    stopped = code in (errors.STOPPED, errors.STOPPED_BEFORE_START)
+    stopped = code in errors.STOPS
     return errors.DONE if stopped and topology.launcher == "torchrun" else code

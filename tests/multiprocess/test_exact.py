@@ -16,7 +16,6 @@ from distdl.comm import World
 from distdl.comm.exchange import Exchange, route_of
 from distdl.comm.tree import tree_sum
 from distdl.engines import build_engine, slabs
-from distdl.engines.fsdp import FsdpEngine
 from distdl.models.cnn5 import Cnn5
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
@@ -95,37 +94,26 @@ def driven(
     return Driven(built, plan, case, recipe, world, {})
 
 
-def digests(world: World, runs: Runs, steps: int, bucket_bytes: int = 2048) -> list[str]:
+def digests(world: World, runs: Runs, steps: int, engine: str = "ddp", bucket_bytes: int = 2048) -> list[str]:
     """One sha256 a run, over parameters, optimiser state, buffers, and the norm and rate of each step.
 
-    Several buckets, of these small models: their order counts.
+    Several buckets, of these small models: their order counts. Under FSDP, parameters are really in shards.
     """
     slabs._BYTES, slabs._FIRST_BYTES = bucket_bytes, bucket_bytes // 2
     found = []
     for run in runs:
-        one = driven(world, *run)
+        one = driven(world, *run, engine=engine)
         assert all(one.step(step).updated for step in range(steps))
+        cut = any(isinstance(p, DTensor) for p in one.engine.module.parameters())
+        assert cut == (engine == "fsdp" and world.size > 1)
         found.append(sha256(one.state() | one.facts))
     return found
 
 
-def sharded_digests(world: World, runs: Runs, steps: int) -> list[str]:
-    """As `digests`, under FSDP: parameters, gradients and optimiser state in shards."""
-    found = []
-    for run in runs:
-        one = driven(world, *run, engine="fsdp")
-        assert all(one.step(step).updated for step in range(steps))
-        if world.size > 1:
-            assert isinstance(one.engine, FsdpEngine)
-            assert any(isinstance(p, DTensor) for p in one.engine.module.parameters())
-        found.append(sha256(one.state() | one.facts))
-    return found
-
-
-def table(runs: Runs, worlds: list[int], steps: int) -> dict[int, list[str]]:
+def table(runs: Runs, worlds: list[int], steps: int, engine: str = "ddp") -> dict[int, list[str]]:
     found = {}
     for size in worlds:
-        ranks = run_world(digests, size, runs, steps)
+        ranks = run_world(digests, size, runs, steps, engine)
         assert all(rank == ranks[0] for rank in ranks), f"ranks of world {size} differ"
         found[size] = ranks[0]
         print(f"\nworld {size}: " + "  ".join(d[:12] for d in ranks[0]))
@@ -187,14 +175,13 @@ SHARDED: Runs = [
 
 def test_fsdp_has_the_same_bits_at_any_world_size() -> None:
     """Several microbatches a rank, uneven shares, a short last batch, clipping, an average of the weights."""
-    found = {size: run_world(sharded_digests, size, SHARDED, 5) for size in (1, 2, 3)}
-    for size, ranks in found.items():
-        assert all(rank == found[1][0] for rank in ranks), f"world {size}"
+    found = table(SHARDED, [1, 2, 3], 5, "fsdp")
+    assert all(one == found[1] for one in found.values()), found
 
 
 @pytest.mark.slow
 def test_buckets_change_no_bit(quick: dict[int, list[str]]) -> None:
-    assert run_world(digests, 2, QUICK[:1], 4, 2**20)[0] == quick[2][:1]
+    assert run_world(digests, 2, QUICK[:1], 4, "ddp", 2**20)[0] == quick[2][:1]
 
 
 def awkward(world: World) -> list[Any]:
@@ -270,8 +257,8 @@ def test_the_whole_table(count: int) -> None:
 def test_the_whole_table_under_fsdp(count: int) -> None:
     cases = [(name, optim) for name in ("cnn_batchnorm", "lstm_ragged") for optim in ("sgd", "adamw")]
     runs = [(name, optim, count, False) for name, optim in cases]
-    found = {size: run_world(sharded_digests, size, runs, 4) for size in (1, 2, 3, 4, 8)}
-    assert all(rank == found[1][0] for ranks in found.values() for rank in ranks), found
+    found = table(runs, [1, 2, 3, 4, 8], 4, "fsdp")
+    assert all(one == found[1] for one in found.values()), found
 
 
 @pytest.mark.slow

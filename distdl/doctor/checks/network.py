@@ -80,14 +80,14 @@ def host_names(job: Job) -> Iterator[Finding]:
             make = fail if job.several_nodes else warn
             yield make(
                 f"the host name {host} does not resolve on {host} itself: {net.host_error}",
-                f"add it to DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME to one of {named(net.interfaces)}",
+                f"add it to DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME to one of {offered(job, facts)}",
             )
         elif job.several_nodes and not chosen and all_loopback(net.host_addresses):
             yield fail(
                 f"the host name {host} is {', '.join(net.host_addresses)} on {host} itself: gloo would offer "
                 "that address to the other nodes",
                 f"map {host} to its network address in /etc/hosts, or set GLOO_SOCKET_IFNAME to one of "
-                f"{named(net.interfaces)}",
+                f"{offered(job, facts)}",
             )
     twice = [h for h in {f.place.host for f in job.leaders} if _nodes_called(job, h) > 1]
     if twice:
@@ -113,7 +113,7 @@ def interfaces(job: Job) -> Iterator[Finding]:
 
 def _named_interface(job: Job, facts: Facts, variable: str, value: str) -> Iterator[Finding]:
     there = facts.network.interfaces
-    at_all = f"set {variable} to one of {named(there)}, or unset it"
+    at_all = f"set {variable} to one of {offered(job, facts)}, or unset it"
     chosen = matching(value, there, prefixes=variable.startswith("NCCL"))
     if not chosen:
         yield fail(f"{variable}={value} names no interface of {facts.place.host}", at_all)
@@ -146,6 +146,12 @@ def matching(value: str, there: dict[str, Interface], *, prefixes: bool) -> list
 def named(there: dict[str, Interface]) -> str:
     """The interfaces that are up."""
     return ", ".join(name for name, it in there.items() if it.up) or "none"
+
+
+def offered(job: Job, facts: Facts) -> str:
+    """The interfaces to choose from: over loopback several nodes do not reach each other."""
+    there = facts.network.interfaces
+    return named({name: it for name, it in there.items() if not (job.several_nodes and it.loopback)})
 
 
 def all_loopback(addresses: tuple[str, ...]) -> bool:

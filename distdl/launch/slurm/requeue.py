@@ -43,7 +43,7 @@ def judge(code: int, asked: bool, idle: int, most_idle: int) -> Verdict:
     A run that stopped on request goes on; so does one that was asked to and did not manage. An error would
     only come again.
     """
-    stopped = code in (errors.STOPPED, errors.STOPPED_BEFORE_START) or (asked and code > 128)
+    stopped = code in errors.STOPS or (asked and code > 128)
     if not stopped:
         return Verdict.OVER
     return Verdict.AGAIN if idle < most_idle else Verdict.IDLE

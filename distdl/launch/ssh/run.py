@@ -143,7 +143,7 @@ def run(launch: Launch) -> int:
 def explain(host: Host, node: int, code: int, said: str, python: str) -> tuple[int, str]:
     """(the run's exit code, what to tell) for a node whose client ended with `code`; nothing of a stop."""
     who, login = f"node {node} ({host.name})", shlex.quote(host.login)
-    if code in (errors.STOPPED, errors.STOPPED_BEFORE_START):
+    if code in errors.STOPS:
         return code, ""
     if code == _CONNECTION:
         for sign, advice in _ADVICE.items():

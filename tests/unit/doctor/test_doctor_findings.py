@@ -85,3 +85,10 @@ def test_what_nvidia_smi_prints() -> None:
 def test_bus_bandwidth_is_what_a_link_carries() -> None:
     assert bus_rate(100, 1.0, 2) == 100
     assert bus_rate(100, 2.0, 4) == 75
+
+
+@pytest.mark.parametrize(("nodes", "names"), [(1, "eth0, lo"), (2, "eth0")])
+def test_loopback_is_not_offered_to_several_nodes(nodes: int, names: str) -> None:
+    there = {"interfaces": {"eth0": Interface(), "lo": Interface(loopback=True)}}
+    facts = [changed(f, network=there, env={"GLOO_SOCKET_IFNAME": "ib0"}) for f in healthy(nodes, 2)]
+    assert {f.todo for f in problems(facts)} == {f"set GLOO_SOCKET_IFNAME to one of {names}, or unset it"}

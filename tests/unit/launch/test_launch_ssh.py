@@ -16,12 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distdl.cli.ssh import launch_over_ssh
 from distdl.errors import PlanError
-from distdl.launch.place import Endpoint
+from distdl.launch.place import Endpoint, Nodes
 from distdl.launch.ssh.command import Launch, command_lines, environment
 from distdl.launch.ssh.hostfile import Host, parse_hosts, read_hosts
 from distdl.launch.ssh.run import explain
+from distdl.recipe import load_recipe
 
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 GOLDEN = Path(__file__).parent / "golden" / "ssh.txt"
 
 LAUNCH = Launch(
@@ -217,3 +220,21 @@ def test_what_an_end_means(code: int, said: str, meant: int, words: str) -> None
     found: tuple[int, Any] = explain(Host("ann@node01"), 1, code, said, "/p")
     assert found[0] == meant
     assert words in found[1] if words else found[1] == ""
+
+
+@pytest.mark.parametrize("asked", [Nodes(4, 1), None])
+def test_a_range_of_hosts_is_refused(asked: Nodes | None, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node01\nnode02\n")
+    recipe = load_recipe(CONFIGS / "fashion_cnn.yaml", ["launch.nodes=4", "launch.min_nodes=1"])
+    with pytest.raises(PlanError, match=r"--nodes 1:4 .*all hosts are needed"):
+        launch_over_ssh(
+            recipe,
+            "recipe.yaml",
+            [],
+            hostfile=str(tmp_path / "hosts"),
+            nodes=asked,
+            procs=1,
+            rendezvous=None,
+            dry_run=True,
+            allow_changed=False,
+        )
