@@ -31,6 +31,7 @@ from distdl.recipe import Recipe, json_schema, load_recipe, recipe_hash
 from distdl.recipe.problems import describe
 from distdl.samples import DataInfo, Field
 from distdl.topology import Topology
+from tests.commands import distdl
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -369,15 +370,12 @@ def test_every_recipe_loads_and_plans(it: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @named([p.relative_to(ROOT) for p in EXAMPLES if load_recipe(p).data.name])
-def test_every_example_trains(it: Path, tmp_path: Path) -> None:
+def test_every_example_trains(it: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those whose data have to be made first are trained by test_examples."""
     changes = ["train.max_steps=2", f"run.dir={tmp_path / 'run'}", "hardware.threads=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "distdl", "launch", str(it), "--procs", "2", *changes],
-        cwd=ROOT, env={**os.environ, "DISTDL_CACHE": str(tmp_path / "cache")},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setenv("DISTDL_CACHE", str(tmp_path / "cache"))
+    code, said = distdl("launch", str(it), "--procs", "2", *changes, cwd=ROOT, timeout_s=120)
+    assert code == 0, said
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2
     assert f"eval_{load_recipe(ROOT / it).eval.metric}" in last

@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from distdl.checkpoint.folders import Place
 from distdl.checkpoint.open import open_checkpoint
 from distdl.checkpoint.read import find_latest
 from distdl.record import read_lines
+from tests.commands import Command
 
 TAG = "DISTDL_TEST_TAG"
 
@@ -70,16 +70,7 @@ class Launched:
         env.pop("DISTDL_FAIL_AT", None)
         if fail_at:
             env["DISTDL_FAIL_AT"] = fail_at
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "distdl", *arguments],
-            env=env,
-            cwd=cwd,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.output = ""
+        self.process = Command(*arguments, env=env, cwd=cwd)
 
     def __enter__(self) -> Launched:
         return self
@@ -88,35 +79,35 @@ class Launched:
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.process.close()
+
+    @property
+    def output(self) -> str:
+        """All that it has printed so far."""
+        return self.process.output
 
     def pids(self) -> list[int]:
-        """Every live process that carries this command's tag in its environment."""
-        return [pid for pid in all_pids() if self.tag.encode() in environ_of(pid)]
+        """Every live process of this command's session, or that carries its tag in its environment.
+
+        What it starts over ssh has the tag and a session of its own.
+        """
+        tag, session = self.tag.encode(), self.process.pid
+        return [pid for pid in all_pids() if session_of(pid) == session or tag in environ_of(pid)]
 
     def finish(self, timeout_s: float = 90.0) -> int:
-        """Wait for the command and return its exit code; everything it printed is in `output`."""
+        """Wait for the command and return its exit code."""
         try:
-            self.output += self.process.communicate(timeout=timeout_s)[0]
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             alive = self.pids()
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.output += self.process.communicate()[0]
             raise AssertionError(
                 f"no end within {timeout_s} s; alive {alive}; output:\n{self.output}"
             ) from None
-        return self.process.returncode
 
     def wait_for_line(self, words: str) -> None:
-        """Read what the command prints until a line has `words`. Raises AssertionError at its end."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if words in line:
-                return
-        raise AssertionError(f"ended without saying {words!r}:\n{self.output}")
+        """Wait until the command has printed a line with `words`. Raises AssertionError at its end."""
+        self.process.wait_for_line(words)
 
     def assert_nobody_left(self, within_s: float = 3.0) -> None:
         """All processes of this command are gone, or go within a moment."""
@@ -131,12 +122,29 @@ def all_pids() -> list[int]:
 
 
 def environ_of(pid: int) -> bytes:
+    """What the process was started with; nothing of one that has ended."""
     try:
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            return b""
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return Path(f"/proc/{pid}/environ").read_bytes() if stat_of(pid)[0] != "Z" else b""
     except OSError:
         return b""
+
+
+def session_of(pid: int) -> int:
+    """The session of a live process; -1 of one that has ended."""
+    state, _, _, session = stat_of(pid)[:4]
+    return int(session) if state != "Z" else -1
+
+
+def parent_of(pid: int) -> int:
+    return int(stat_of(pid)[1])
+
+
+def stat_of(pid: int) -> list[str]:
+    """State, parent, group, session and so on (proc(5)); those of a process that has ended are "Z" and -1."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["Z", "-1", "-1", "-1"]
 
 
 def command_of(pid: int) -> str:
@@ -163,17 +171,8 @@ def wait_for_event(run: Path, kind: str, count: int = 1, timeout_s: float = 60.0
 
 def worker_pids(launched: Launched) -> list[int]:
     """Ranks' processes: children of the fork server, which is a child of the launcher."""
-    tagged = launched.pids()
-    parents = {pid: parent_of(pid) for pid in tagged}
-    servers = [p for p in tagged if "forkserver" in command_of(p) and parents[p] == launched.process.pid]
-    return [p for p in tagged if parents[p] in servers]
-
-
-def parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
+    parents = {pid: parent_of(pid) for pid in launched.pids()}
+    return [pid for pid, parent in parents.items() if parents.get(parent) == launched.process.pid]
 
 
 @contextlib.contextmanager

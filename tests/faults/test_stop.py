@@ -16,6 +16,7 @@ from tests.faults.support import (
     Launched,
     events,
     launched,
+    parent_of,
     tensors_of,
     wait_for_event,
     worker_pids,
@@ -124,16 +125,15 @@ def test_no_orphan_under_a_single_kill(target: str, tmp_path: Path) -> None:
         wait_for_event(tmp_path / "run", "first_step")
         workers = worker_pids(command)
         assert len(workers) == 2
-        server = next(int(p) for p in [_parent(workers[0])])
-        victim = {"launcher": command.process.pid, "forkserver": server, "worker": workers[1]}[target]
-        os.kill(victim, signal.SIGKILL)
+        victims = {
+            "launcher": command.process.pid,
+            "forkserver": parent_of(workers[0]),
+            "worker": workers[1],
+        }
+        os.kill(victims[target], signal.SIGKILL)
         code = command.finish()
         assert code == (-9 if target == "launcher" else 70), command.output
         command.assert_nobody_left()
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_bare_train_saves_and_leaves_75(tmp_path: Path) -> None:

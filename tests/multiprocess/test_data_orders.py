@@ -5,9 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from distdl.tasks import Batch, Task, build_task
 from distdl.testing import assert_same_bits, run_world
 from distdl.topology import Topology
 from distdl.train.batches import Batches
+from tests.commands import distdl
 from tests.multiprocess.sequences import ROWS, VOCABULARY, make_sequences
 from tests.multiprocess.test_parity import results
 from tests.runs import train_rank
@@ -342,11 +340,8 @@ def test_a_run_with_workers_is_the_run_without(folders: dict[str, str], tmp_path
     file = tmp_path / "recipe.yaml"
     sections = sections_for("length_bucketed", folders, tmp_path / "busy", hardware__workers=2)
     file.write_text(yaml.safe_dump(sections))
-    done = subprocess.run(
-        [sys.executable, "-m", "distdl", "launch", str(file), "--procs", "2"],
-        cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = distdl("launch", str(file), "--procs", "2", cwd=ROOT, timeout_s=120)
+    assert code == 0, said
     rows, tensors = results(tmp_path / "busy")
     assert_same_bits(tensors, plain[1])
     assert [r["loss"] for r in rows] == [r["loss"] for r in plain[0]]
