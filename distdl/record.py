@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from distdl.recipe import Recipe
 
 
+LOCK = ".lock"
+
+
 class RunDirectory:
     """Paths inside one run's folder, and what is appended there. Creates nothing until `create`.
 
@@ -81,12 +84,11 @@ class RunDirectory:
 
         Raises EnvironmentProblem, naming the holder, where another process has it.
         """
-        file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held open on purpose
+        file = open(self.path / LOCK, "a+")  # noqa: SIM115 - held open on purpose
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "an unknown process"
+            holder = _holder(file)
             file.close()
             raise EnvironmentProblem(
                 f"the run directory {self.path} is in use by {holder}. Wait for it, stop it, or choose "
@@ -96,6 +98,26 @@ class RunDirectory:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         return file
+
+    def in_use_by(self) -> str | None:
+        """Who holds this run directory; None where nobody does, or where that cannot be told.
+
+        Takes no lock that would keep a run out for longer than a moment, and several may ask at once.
+        """
+        try:
+            with open(self.path / LOCK) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return _holder(file)
+        except OSError:
+            pass
+        return None
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read().strip() or "an unknown process"
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from distdl.checkpoint.dtypes import ITEMSIZE
 from distdl.errors import Corrupt, Incompatible
+from distdl.recipe import differences
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
@@ -149,6 +150,13 @@ class Manifest(_Frozen):
     tensors: dict[TensorName, TensorEntry]
     self_hash: Hash
     """XXH3-128 of the canonical JSON of all the other keys."""
+
+    def what_changed(self, mathematics: Mapping[str, Any], data_fingerprint: str) -> list[str]:
+        """Every key of the mathematics, and the data, in which a run differs from it (checkpoint -> run)."""
+        changed = differences(self.mathematics, mathematics)
+        if self.data_fingerprint != data_fingerprint:
+            changed.append(f"the data themselves: {self.data_fingerprint} -> {data_fingerprint}")
+        return changed
 
     @property
     def nbytes(self) -> int:

@@ -69,18 +69,22 @@ class Software(Model):
 
 
 class Interface(Model):
-    """A network interface. `speed_mbps`: megabits a second where a physical one tells."""
+    """A network interface. `speed_mbps`: megabits a second where a physical one tells. `mtu`: bytes of the
+    longest packet that it sends.
+    """
 
     up: bool = True
     loopback: bool = False
     speed_mbps: int | None = None
+    mtu: int | None = None
 
 
 class Network(Model):
     """Names, interfaces, and the rendezvous. `master_local`: MASTER_ADDR is an address of this machine.
 
     `port_error`: why rank 0 cannot listen at MASTER_PORT, or another rank cannot reach it.
-    `clock_skew`: this clock less that of rank 0, once they have met.
+    `clock_skew`: this clock less that of rank 0, once they have met. `stuck`: rank -> label of the processes
+    that this one reaches with small messages and not with large ones.
     """
 
     interfaces: dict[str, Interface] = {"lo": Interface(loopback=True), "eth0": Interface()}
@@ -93,6 +97,7 @@ class Network(Model):
     master_local: bool = True
     port_error: str | None = None
     clock_skew: float = 0.0
+    stuck: dict[int, str] = {}
 
 
 class Gpu(Model):
@@ -145,9 +150,11 @@ class Storage(Model):
     """The run directory and where checkpoints go. `clock_skew`: the file server's clock less this one's.
 
     `seen`: of the ranks that each left a file there, those whose file this one found; None: nobody looked.
+    `in_use`: who holds the run directory.
     """
 
     run: str = "runs/unnamed"
+    in_use: str | None = None
     error: str | None = None
     rename_error: str | None = None
     fsync_error: str | None = None
@@ -162,7 +169,11 @@ class Storage(Model):
 
 
 class Wanted(Model):
-    """What a recipe asks of the machine. `save`: bytes of its last checkpoint, None before the first."""
+    """What a recipe asks of the machine. `data`: the fingerprint of its data, where they are there.
+
+    `save`: bytes of its last checkpoint, None before the first. `changed`: in what that is of another recipe
+    or of other data, so that a run would not go on from it.
+    """
 
     recipe: str
     hash: str
@@ -171,7 +182,9 @@ class Wanted(Model):
     workers: int = 0
     keep: int = 3
     save: int | None = None
+    changed: tuple[str, ...] = ()
     replicas: bool = False
+    data: str | None = None
     plan_error: str | None = None
     data_error: str | None = None
     code_error: str | None = None

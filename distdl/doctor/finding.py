@@ -102,11 +102,12 @@ def groups(job: Job, value: Callable[[Facts], Any]) -> dict[Any, list[str]]:
 
 def spread(found: dict[Any, list[str]]) -> str:
     """`groups` in words: "2.6.0 on node0, node2; 2.5.1 on node1", long lists cut."""
+    return "; ".join(f"{value} on {listed(hosts)}" for value, hosts in found.items())
 
-    def hosts(names: list[str]) -> str:
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    return "; ".join(f"{value} on {hosts(names)}" for value, names in found.items())
+def listed(hosts: Sequence[str]) -> str:
+    """The names of nodes, a long list cut."""
+    return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
 
 
 def size(nbytes: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import socketserver
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,68 @@ SIZES = (4 << 10, 1 << 20, 16 << 20)
 SECONDS_A_SIZE = 0.3
 STREAM_BYTES, CHUNK = 64 << 20, 1 << 20
 PATIENCE_S = 5.0
+LARGE_BYTES = 256 << 10
+"""More than fits into one packet of any network, and arrives at once over any that is fit for training."""
+
+
+def large_messages(meeting: Meeting, rank: int, label: str, address: str) -> dict[int, str]:
+    """Rank -> label of the processes that this one exchanges small messages with, and no large ones: on rank
+    0 all of them, which it then waits for no more, elsewhere rank 0 or none. All processes call it. Raises
+    Lost.
+
+    A large message is cut into packets as long as the interface allows. What passes packets on may allow
+    less, and then drops them without a word: connections open, and stand still at the first large message.
+    """
+    with contextlib.ExitStack() as stack:
+        port = 0
+        if meeting.main:
+            server = stack.enter_context(_Echo(("", 0), _EchoOne))
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            stack.callback(server.shutdown)
+            port = server.server_address[1]
+        port = meeting.share("large-port", port)
+        stuck = not meeting.main and _is_stuck(address, port)
+        told = meeting.gather("large", [rank, label] if stuck else None)
+    if not meeting.main:
+        return {0: "rank 0"} if stuck else {}
+    found = {number: value for number, value in told.items() if value is not None}
+    meeting.leave_out(found)
+    return {int(r): str(name) for r, name in found.values()}
+
+
+class _Echo(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+
+class _EchoOne(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request.settimeout(PATIENCE_S)
+            _receive_all(self.request, LARGE_BYTES)
+            self.request.sendall(bytes(LARGE_BYTES))
+
+
+def _is_stuck(address: str, port: int) -> bool:
+    try:
+        it = socket.create_connection((address, port), timeout=PATIENCE_S)
+    except OSError:
+        return False  # nothing passes at all, which is told elsewhere
+    with it:
+        try:
+            it.sendall(bytes(LARGE_BYTES))
+            return _receive_all(it, LARGE_BYTES) < LARGE_BYTES
+        except OSError:
+            return True
+
+
+def _receive_all(it: socket.socket, nbytes: int) -> int:
+    """Bytes that came, until there were enough or the other side closed. Raises OSError after a time-out."""
+    received = 0
+    while received < nbytes and (chunk := it.recv(nbytes - received)):
+        received += len(chunk)
+    return received
 
 
 def stream(meeting: Meeting, peer: int, address: str) -> Measured:

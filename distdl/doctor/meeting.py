@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ class Meeting:
             if heard:
                 found[member] = told
         return found
+
+    def leave_out(self, members: Iterable[int]) -> None:
+        """On rank 0: wait for these no more."""
+        self._silent.update(members)
 
     def _hear(self, key: str, member: int) -> tuple[bool, Json]:
         """Whether a process answered in time, and what. Nobody waits a second time for one that did not."""

@@ -14,7 +14,7 @@ from distdl.doctor.collect.recipe import Asked
 from distdl.doctor.collect.storage import leave_mark, marks, take_mark_away, trying
 from distdl.doctor.facts import Facts, Measured
 from distdl.doctor.finding import Finding
-from distdl.doctor.measure import all_reduce, stream
+from distdl.doctor.measure import all_reduce, large_messages, stream
 from distdl.doctor.meeting import Lost, Meeting
 from distdl.topology import Topology
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SEEN_S = 10.0
 """So late may a file that another node wrote appear: attributes are cached by NFS for some seconds."""
-BEFORE_A_GROUP = ("processes", "torch", "rendezvous", "host names", "interfaces")
+BEFORE_A_GROUP = ("processes", "torch", "rendezvous", "host names", "interfaces", "connections")
 """Where one of these fails, forming a process group would only wait for its time-out."""
 
 
@@ -69,8 +69,8 @@ def report(facts: Sequence[Facts], alone: str | None = None) -> Report:
     label = ""
     if alone is not None:
         label = f"[{facts[0].label}] "
-        # What it says of the others is of no use then: that they did not answer, for one.
-        found = [f for f in found if f.check != "processes"] + [
+        # What it says of the others is of no use then: that they did not answer, or have the same code.
+        found = [f for f in found if f.check != "processes" and f.status in ("warn", "fail")] + [
             Finding("fail", f"could not compare with the other processes: {alone}", _ALONE, "processes")
         ]
     failed = any(f.status == "fail" for f in found)
@@ -87,6 +87,10 @@ def examine_together(
     main = topology.rank == 0
     try:
         meeting = Meeting(store, main=main, world_size=topology.world_size, wait_s=wait_s)
+        if stuck := large_messages(meeting, mine.place.rank, mine.label, _address(mine)):
+            mine = mine.model_copy(update={"network": mine.network.model_copy(update={"stuck": stuck})})
+            if not main:
+                return report([mine], "large messages do not get through to rank 0")
         told = meeting.gather("facts", mine.model_dump(mode="json"))
         facts = {number: Facts.model_validate(value) for number, value in told.items()}
         skew = meeting.clocks()
@@ -137,8 +141,7 @@ def _measure(
     cuda = all(_has_gpu(f) for f in facts.values())
     far = _farthest(meeting.number, facts) if meeting.main else 0
     peer, cuda = meeting.share("peer", [far, cuda])
-    address = mine.network.master_addresses[0] if mine.network.master_addresses else "127.0.0.1"
-    line = stream(meeting, peer, address)
+    line = stream(meeting, peer, _address(mine))
     summed = all_reduce(
         store, topology.rank, topology.world_size, topology.local_rank, cuda=cuda, wait_s=wait_s
     )
@@ -147,6 +150,11 @@ def _measure(
         extra = {"stream": line.stream, "stream_error": line.stream_error, "peer": facts[peer].label}
         told[meeting.number] = told[meeting.number].model_copy(update=extra)
     return told
+
+
+def _address(mine: Facts) -> str:
+    """Where rank 0 is reached."""
+    return mine.network.master_addresses[0] if mine.network.master_addresses else "127.0.0.1"
 
 
 def _has_gpu(facts: Facts) -> bool:

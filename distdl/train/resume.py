@@ -19,7 +19,6 @@ from distdl.checkpoint.store import Store
 from distdl.comm import World, together
 from distdl.engines import Engine
 from distdl.errors import CheckpointError, Corrupt, Incompatible, Incomplete
-from distdl.recipe import differences
 from distdl.train.arithmetic import what_differs
 from distdl.train.carrying import Carry
 from distdl.train.state import TrainState
@@ -80,7 +79,7 @@ def resume(
 
     def check() -> tuple[Checkpoint, list[str], TrainState]:
         saved = open_checkpoint(here or path)
-        changed = what_changed(saved.manifest, identity)
+        changed = saved.manifest.what_changed(identity.mathematics, identity.data_fingerprint)
         if changed and not allow_changed:
             listed = "\n  ".join(changed)
             raise Incompatible(
@@ -166,11 +165,3 @@ def _state(manifest: Manifest) -> TrainState:
         return TrainState(**manifest.train_state)
     except TypeError as error:
         raise Incompatible(f"train_state of step {manifest.step} is of another distdl: {error}") from error
-
-
-def what_changed(manifest: Manifest, identity: Identity) -> list[str]:
-    """Every key of the mathematics, and the data, in which the checkpoint differs from the run."""
-    changed = differences(manifest.mathematics, identity.mathematics)
-    if manifest.data_fingerprint != identity.data_fingerprint:
-        changed.append(f"the data themselves: {manifest.data_fingerprint} -> {identity.data_fingerprint}")
-    return changed

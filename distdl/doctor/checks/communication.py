@@ -14,7 +14,17 @@ a machine that does something else at the same time raises no alarm."""
 def connections(job: Job) -> Iterator[Finding]:
     """A port that nobody has opened in a firewall is reachable: gloo and NCCL choose theirs freely."""
     measured = job.first.measured
-    if measured is None or not (measured.stream or measured.stream_error):
+    stuck = ", ".join(job.first.network.stuck.values())
+    if stuck:
+        longest = {n: it.mtu for n, it in job.first.network.interfaces.items() if it.up and not it.loopback}
+        told = ", ".join(f"{name} {mtu}" for name, mtu in longest.items())
+        yield fail(
+            f"between {job.first.label} and {stuck} small messages pass and large ones never arrive: "
+            f"something on the way drops long packets (MTU on {job.first.place.host}: {told})",
+            "give the interface the MTU that every switch on the way carries (ip link set dev IFACE mtu "
+            "1500), on all nodes, or have the switches pass jumbo frames",
+        )
+    elif measured is None or not (measured.stream or measured.stream_error):
         yield skipped(_why(job))
     elif measured.stream_error:
         yield fail(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distdl.doctor.facts import Facts
-from distdl.doctor.finding import Finding, Job, fail, ok, size, skipped, warn, where
+from distdl.doctor.finding import Finding, Job, fail, listed, ok, size, skipped, warn, where
 
 DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
 """CUDA's major version -> the oldest Linux driver that runs it: "CUDA Toolkit and minimum required driver
@@ -21,6 +21,12 @@ def visible(job: Job) -> Iterator[Finding]:
     if not any(f.gpus.present for f in job.facts) and not _wants_cuda(job):
         yield skipped("no NVIDIA GPU here")
         return
+    without = [f.place.host for f in job.leaders if f.gpus.present == 0]
+    if _wants_cuda(job) and without:
+        yield fail(
+            "hardware.device is cuda, and there is no GPU" + f" on {listed(without)}" * job.several_nodes,
+            "use hardware.device=cpu, or ask for GPUs (under Slurm: launch.slurm.gpus, srun --gres=gpu:N)",
+        )
     for processes in job.nodes.values():
         yield from _visible_on(job, processes)
     cards = job.first.gpus.cards
@@ -34,10 +40,6 @@ def _visible_on(job: Job, processes: list[Facts]) -> Iterator[Finding]:
         yield fail(
             f"nvidia-smi fails{at}: {first.gpus.error}",
             "the driver is not loaded or does not match its library: reboot, or install it anew",
-        )
-    if _wants_cuda(job) and present == 0:
-        yield fail(
-            f"hardware.device is cuda, and there is no GPU{at}", "use hardware.device=cpu, or ask for GPUs"
         )
     for facts in processes:
         asked = [d.strip() for d in facts.env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]

@@ -33,11 +33,19 @@ def rendezvous(job: Job) -> Iterator[Finding]:
 
 def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
     net, place = facts.network, facts.place
+    given, set_it = f"MASTER_ADDR={net.master_addr}", ""
+    if place.launcher == "slurm" and "MASTER_ADDR" in facts.env:
+        set_it = (
+            "unset MASTER_ADDR (srun hands on what a start-up file or a script has set; without it the first "
+        )
+        set_it += "node of the step is taken), or "
+    elif place.launcher == "slurm":
+        given = f"{net.master_addr}, the first node of the step,"
     target = f"{net.master_addr}:{net.master_port}"
     if net.master_error:
         yield fail(
-            f"MASTER_ADDR={net.master_addr} does not resolve for {facts.label}: {net.master_error}",
-            "put the name into DNS or into /etc/hosts of every node, or give an IP address",
+            f"{given} does not resolve for {facts.label}: {net.master_error}",
+            f"{set_it}put the name into DNS or into /etc/hosts of every node, or give an IP address",
         )
     elif net.port_error and place.rank == 0:
         yield fail(
@@ -48,15 +56,14 @@ def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
     elif net.port_error:
         yield fail(
             f"{facts.label} cannot reach {target}: {net.port_error}",
-            "check that rank 0 runs, that MASTER_ADDR is its machine, and that no firewall stands between "
+            f"{set_it}check that rank 0 runs, that this is its machine, and that no firewall stands between "
             f"(from {place.host}: nc -vz {net.master_addr} {net.master_port})",
         )
     elif place.rank == 0 and not net.master_local:
         (make, extent) = (warn, "if that is not a forwarded address, ") if job.several_nodes else (fail, "")
         yield make(
-            f"MASTER_ADDR={net.master_addr} ({', '.join(net.master_addresses)}) is no address of "
-            f"{place.host}, where rank 0 runs",
-            f"{extent}set MASTER_ADDR to the host name of rank 0's machine",
+            f"{given} ({', '.join(net.master_addresses)}) is no address of {place.host}, where rank 0 runs",
+            f"{extent}{set_it}set MASTER_ADDR to the host name of rank 0's machine",
         )
     if (
         place.world_size > place.local_world_size
@@ -64,10 +71,10 @@ def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
         and all_loopback(net.master_addresses)
     ):
         yield fail(
-            f"MASTER_ADDR={net.master_addr} is a loopback address ({', '.join(net.master_addresses)}) for "
+            f"{given} is a loopback address ({', '.join(net.master_addresses)}) for "
             f"{facts.label}: only processes of one machine meet there, and there are "
             f"{place.world_size} with {place.local_world_size} on this one",
-            "set MASTER_ADDR to a name or address of rank 0's machine that the others can reach",
+            f"{set_it}set MASTER_ADDR to a name or address of rank 0's machine that the others can reach",
         )
 
 

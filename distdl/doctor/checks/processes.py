@@ -28,7 +28,7 @@ def ranks(job: Job) -> Iterator[Finding]:
             hosts = ", ".join(f.place.host for f in job.facts if f.place.rank == rank)
             often = "twice" if count == 2 else f"{count} times"
             yield fail(f"rank {rank} was started {often}: on {hosts}", LAUNCHERS)
-    absent = sorted(set(range(job.world_size)) - set(times))
+    absent = sorted(set(range(job.world_size)) - set(times) - set(job.first.network.stuck))
     if absent:
         shown = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
         yield fail(

@@ -23,6 +23,11 @@ def run_directory(job: Job) -> Iterator[Finding]:
         ):
             if error:
                 yield fail(f"{it.run} ({it.filesystem}) cannot {what}{at}: {error}", f"{why}: {ANOTHER}")
+        if it.in_use and facts is job.first:
+            yield fail(
+                f"the run directory {it.run} is in use by {it.in_use}: a run that is started now is refused",
+                f"wait for it, stop it (under Slurm: squeue --me, scancel), or {ANOTHER}",
+            )
         if it.lock_error:
             yield fail(
                 f"{it.run} ({it.filesystem}) cannot be locked{at}: {it.lock_error}",

@@ -47,7 +47,10 @@ def interfaces_here() -> dict[str, Interface]:
         with contextlib.suppress(OSError, ValueError):
             flags = int((path / "flags").read_text(), 16)
             found[path.name] = Interface(
-                up=bool(flags & 1), loopback=bool(flags & 8), speed_mbps=_speed(path)
+                up=bool(flags & 1),
+                loopback=bool(flags & 8),
+                speed_mbps=_speed(path),
+                mtu=int((path / "mtu").read_text()),
             )
     return found
 

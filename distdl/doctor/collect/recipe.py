@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from distdl.capabilities import engine_of
+from distdl.checkpoint.manifest import Manifest
 from distdl.checkpoint.read import find_latest
 from distdl.data.description import access_of, describe_data
 from distdl.doctor.facts import Wanted
 from distdl.errors import CheckpointError, DistdlError
 from distdl.plan import make_plan
-from distdl.recipe import Recipe, recipe_hash
+from distdl.recipe import Recipe, mathematics, recipe_hash
 from distdl.record import RunDirectory
 from distdl.topology import Topology
 
@@ -41,17 +42,19 @@ class Asked:
         """What it needs here. Reads indexes of data and of checkpoints; imports no torch."""
         recipe = self.recipe
         engine, device = str(recipe.hardware.engine), str(recipe.hardware.device)
-        data_error = plan_error = None
+        data_error = plan_error = fingerprint = None
         try:
             info = describe_data(recipe.data, access_of(_impatient(recipe)))
         except (DistdlError, OSError) as error:
             data_error = str(error)
         else:
+            fingerprint = info.fingerprint
             try:
                 planned = make_plan(recipe, topology, info)
                 engine, device = engine_of(recipe, topology.accelerate), planned.device
             except DistdlError as error:
                 plan_error = str(error)
+        last = self._last_save()
         missing = [module for module, files in self._modules.items() if files is None]
         return Wanted(
             recipe=self.name,
@@ -60,22 +63,25 @@ class Asked:
             device=device,
             workers=recipe.hardware.workers,
             keep=recipe.checkpoint.keep,
-            save=self._last_save(),
+            save=sum(file.size for file in last.files.values()) if last else None,
+            changed=tuple(last.what_changed(mathematics(recipe), fingerprint))
+            if last and fingerprint
+            else (),
+            data=fingerprint,
             replicas=recipe.checkpoint.replicas == "node",
             plan_error=plan_error,
             data_error=data_error,
             code_error=f"no module {', '.join(missing)} in {Path.cwd()} or installed" if missing else None,
         )
 
-    def _last_save(self) -> int | None:
+    def _last_save(self) -> Manifest | None:
         place = self.directory.checkpoints
         if not isinstance(place, Path) or not place.is_dir():
             return None
         try:
-            manifest = find_latest(place, verify=False).manifest
+            return find_latest(place, verify=False).manifest
         except (CheckpointError, OSError):
             return None
-        return sum(file.size for file in manifest.files.values()) if manifest else None
 
     @property
     def code_files(self) -> dict[str, tuple[list[Path], Path]]:

@@ -36,6 +36,7 @@ def storage_here(asked: Asked | None) -> Storage:
     there = os.statvfs(saves)
     return Storage(
         run=str(wanted),
+        in_use=asked.directory.in_use_by() if asked else None,
         free=there.f_bavail * there.f_frsize,
         # Some file systems make room for files as they need it, and say 0 of 0.
         free_files=there.f_favail if there.f_files else None,

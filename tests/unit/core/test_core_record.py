@@ -176,12 +176,15 @@ def test_a_lock_held_by_another_process_names_it(tmp_path: Path) -> None:
                 directory.lock()
             assert str(directory.path) in str(caught.value)
             assert "run.dir=" in str(caught.value)
+            assert directory.in_use_by() == f"process {holder.pid} on {socket.gethostname()}"
     finally:
         holder.kill()
         holder.communicate()
     with directory.lock(), pytest.raises(EnvironmentProblem, match=f"process {os.getpid()} "):
         directory.lock()
     directory.lock().close()
+    assert directory.in_use_by() is None
+    assert RunDirectory(tmp_path / "never started").in_use_by() is None
 
 
 def test_the_run_directory_makes_nothing_until_asked(tmp_path: Path) -> None:

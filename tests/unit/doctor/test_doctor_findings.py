@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
+from distdl.doctor import measure
 from distdl.doctor.checks.communication import bus_rate
 from distdl.doctor.checks.gpus import too_old
 from distdl.doctor.checks.network import matching
 from distdl.doctor.collect.gpus import read
 from distdl.doctor.facts import Facts, Interface, Measured, Torch
+from distdl.doctor.run import report
 from tests.unit.doctor.doctor_support import WANTED, changed, healthy, problems
 
 ZERO = WANTED.model_copy(update={"engine": "zero2"})
@@ -38,10 +41,62 @@ def said(facts: list[Facts]) -> list[tuple[str, str]]:
         ("disk space", "fail", 1, {"storage": {"free_files": 3}}),
         ("all-reduce", "warn", 2, {"network": FAST, "measured": Measured(all_reduce={1 << 24: 1.0})}),
         ("connections", "fail", 2, {"measured": Measured(stream_error="refused")}),
+        ("connections", "fail", 2, {"network": {"stuck": {2: "rank 2 on node1"}}}),
+        ("run directory", "fail", 1, {"storage": {"in_use": "process 7 on node0"}}),
+        ("recipe", "fail", 1, {"wanted": WANTED.model_copy(update={"changed": ("model.width: 4 -> 8",)})}),
     ],
 )  # fmt: skip
 def test_what_is_found(check: str, status: str, nodes: int, parts: dict[str, Any]) -> None:
     assert (check, status) in said([changed(f, **parts) for f in healthy(nodes, 2)])
+
+
+def test_data_that_are_missing_on_one_node_are_told_from_data_that_are_nowhere() -> None:
+    there = WANTED.model_copy(update={"data": "abc"})
+    gone = WANTED.model_copy(update={"data_error": "no such folder"})
+    for first, second, found, todo in (
+        (there, gone, "on node1: the data are there on node0, and not everywhere: no such folder", "copy"),
+        (gone, gone, "recipe.yaml: no such folder", "see"),
+        (
+            there,
+            there.model_copy(update={"data": "abd"}),
+            "the data differ between nodes: abc on node0",
+            "copy",
+        ),
+    ):
+        node0, node1 = healthy(2, 1)
+        (it,) = problems([changed(node0, wanted=first), changed(node1, wanted=second)])
+        assert found in it.found
+        assert it.todo.startswith(todo)
+
+
+def test_a_process_by_itself_tells_its_troubles_alone() -> None:
+    """Nothing of a comparison that nobody made, and no line for each thing that is well."""
+    it = changed(healthy(2, 1)[1], software={"torch": Torch(gloo=False)})
+    told = report([it], "no answer")
+    assert told.label == "[rank 1 on node1] "
+    assert [(f.check, f.status) for f in told.findings or ()] == [("torch", "fail"), ("processes", "fail")]
+
+
+def test_srun_hands_on_a_master_addr_that_is_left_over() -> None:
+    place = healthy(2, 1)[1].place.model_copy(update={"launcher": "slurm"})
+    network = {"master_addr": "localhost", "master_addresses": ("127.0.0.1",)}
+    for env, found in (({"MASTER_ADDR": "localhost"}, True), ({}, False)):
+        trouble = [
+            f for f in problems([changed(healthy(2, 1)[1], place=place, network=network, env=env)])
+            if f.check == "rendezvous"
+        ]  # fmt: skip
+        assert trouble
+        assert all(("MASTER_ADDR=" in f.found) is found for f in trouble)
+        assert all(f.todo.startswith("unset MASTER_ADDR") is found for f in trouble)
+
+
+def test_large_messages_that_do_not_arrive_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is sent to and reads nothing, as behind a switch that drops long packets."""
+    monkeypatch.setattr(measure, "PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        port = deaf.getsockname()[1]
+        assert measure._is_stuck("127.0.0.1", port)
+    assert not measure._is_stuck("127.0.0.1", port)  # closed: nothing passes at all
 
 
 def test_two_processes_on_one_core_are_found_among_others_with_cores_of_their_own() -> None:
