@@ -33,6 +33,7 @@ def trained(example: str, folder: Path, **changes: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_resnet50_on_a_folder_of_images(tmp_path: Path) -> None:
     make(tmp_path / "images", 40)
     code, said = distdl(
@@ -50,6 +51,7 @@ def test_a_resnet50_on_a_folder_of_images(tmp_path: Path) -> None:
     assert 0 <= lines[-1]["eval_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub is asked by the first command alone; what it made stays when the hub is gone."""
     repository = tmp_path / "hub" / "someone" / "reviews"

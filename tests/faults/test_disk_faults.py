@@ -77,6 +77,7 @@ def fill_in_turn(world: World, base: Path, asynchronous: bool, what: str) -> dic
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("what", ["pages", "inodes"])
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_every_write_in_turn(tmp_path: Path, asynchronous: bool, what: str) -> None:
     found = run_world(fill_in_turn, 1, tmp_path, asynchronous, what)[0]
     if "refused" in found:
@@ -185,6 +186,7 @@ def flip(file: Path, byte: int, bit: int) -> None:
         os.pwrite(opened.fileno(), bytes([old ^ (1 << bit)]), byte)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_in_every_file(two: Path) -> None:
     assert flip_everywhere(two, 20) == 3 * 100
 

@@ -32,6 +32,8 @@ from tests.faults.savers import Layout, facts, held, require_state, whole_layout
 from tests.faults.support import Launched, events, tensors_of, write_recipe
 from tests.runs import train_here
 
+pytestmark = pytest.mark.slow
+
 LAYOUT: Layout = whole_layout({f"model/{i}": (5, 10 + i) for i in range(6)})
 TWO, FOUR = ("a", "b"), ("a", "a", "b", "c")
 

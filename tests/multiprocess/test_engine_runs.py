@@ -75,6 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ("begun", "ended", "size"),
     [pytest.param(*p, marks=marks(p)) for p in PAIRS],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_engine(
     begun: str, ended: str, size: int, undisturbed: Run, tmp_path: Path
 ) -> None:

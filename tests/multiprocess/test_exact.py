@@ -173,6 +173,7 @@ SHARDED: Runs = [
 ]
 
 
+@pytest.mark.slow
 def test_fsdp_has_the_same_bits_at_any_world_size() -> None:
     """Several microbatches a rank, uneven shares, a short last batch, clipping, an average of the weights."""
     found = table(SHARDED, [1, 2, 3], 5, "fsdp")

@@ -106,6 +106,7 @@ def test_each_window_goes_on_from_the_one_before(size: int, text: Path, tmp_path
     assert abs(float(reset) - rows[1]["loss"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_bits_at_two_ranks_and_over_a_change_of_world_size(text: Path, tmp_path: Path) -> None:
     """Three microbatches on two ranks. Stopped in mid-epoch between two checkpoints, then alone; with
     dropout of both kinds.

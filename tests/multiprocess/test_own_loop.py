@@ -61,6 +61,7 @@ def loop(world: World, recipe: Recipe) -> int:
         pytest.param("zero2", marks=(pytest.mark.slow, pytest.mark.campaign)),
     ],
 )
+@pytest.mark.slow
 def test_it_is_the_run_of_the_loop_of_distdl(engine: str, tmp_path: Path) -> None:
     assert run_world(train_rank, 2, recipe_of(tmp_path / "theirs", engine=engine)) == [0, 0]
     assert run_world(loop, 2, recipe_of(tmp_path / "own", engine=engine)) == [0, 0]
@@ -71,6 +72,7 @@ def test_it_is_the_run_of_the_loop_of_distdl(engine: str, tmp_path: Path) -> Non
         assert [row.get(key) for row in own_rows] == [row.get(key) for row in rows]
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with_at_another_size(tmp_path: Path) -> None:
     assert run_world(loop, 1, recipe_of(tmp_path / "whole")) == [0]
     stop = {"DISTDL_FAIL_AT": "1:train.step@5:TERM"}
@@ -99,6 +101,7 @@ def fails_on_one(world: World, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("how", [train_rank, loop])
+@pytest.mark.slow
 def test_no_engine_outlives_the_process_group(how: Callable[[World, Recipe], int], tmp_path: Path) -> None:
     """It would end the group with Python's lock held, and now and then hang at the exit."""
     assert run_world(left_at_the_end, 2, how, recipe_of(tmp_path, fuse=1)) == [[], []]

@@ -112,6 +112,7 @@ def test_two_microbatches_on_two_ranks_are_bit_identical_to_one_rank(tmp_path: P
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_resume_is_bit_identical(size: int, tmp_path: Path) -> None:
     """Stopped at a step between two checkpoints, by a signal to one rank, in the middle of an epoch."""
     whole = train(tmp_path / "whole", size)

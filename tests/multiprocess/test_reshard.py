@@ -246,6 +246,7 @@ def several(world: World, root: Path, readers: Readers, names: tuple[str, ...]) 
     return problems
 
 
+@pytest.mark.slow
 def test_each_engine_reads_what_another_wrote_at_another_world_size(tmp_path: Path) -> None:
     """Two ranks write, one reads and writes, two read; every engine reads from its neighbour in the list."""
     env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}

@@ -78,6 +78,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_bits_at_one_and_two_processes(trained: Path) -> None:
     assert_same_bits(tensors(trained / "w2"), tensors(trained / "w1"))
     metrics = [(trained / f"w{n}" / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]

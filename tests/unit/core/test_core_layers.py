@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -55,6 +56,7 @@ class Import(NamedTuple):
     top: bool
 
 
+@functools.cache
 def sources() -> dict[str, str]:
     """Dotted name below distdl -> source, of every file; "" is distdl/__init__.py."""
     found = {}
@@ -64,11 +66,13 @@ def sources() -> dict[str, str]:
     return found
 
 
-def packages() -> set[str]:
-    return {".".join(p.parent.relative_to(PACKAGE).parts) for p in PACKAGE.rglob("__init__.py")}
+@functools.cache
+def packages() -> frozenset[str]:
+    return frozenset(".".join(p.parent.relative_to(PACKAGE).parts) for p in PACKAGE.rglob("__init__.py"))
 
 
-def imports_of(name: str, source: str, known: set[str], is_package: bool) -> list[Import]:
+@functools.cache
+def imports_of(name: str, source: str, known: frozenset[str], is_package: bool) -> list[Import]:
     """Every import of distdl's own modules: in functions and under TYPE_CHECKING too, and written as a
     string, as for importlib and for what a fork server preloads."""
     tree = ast.parse(source)
@@ -129,8 +133,8 @@ def allowed(importer: str, found: Import) -> bool:
     return True
 
 
-def violations(files: Mapping[str, str], package_names: set[str]) -> list[str]:
-    known = {*files, *package_names}
+def violations(files: Mapping[str, str], package_names: frozenset[str]) -> list[str]:
+    known = frozenset({*files, *package_names})
     return [
         f"distdl.{name}, line {found.line}, imports distdl.{found.target}"
         for name, source in files.items()
@@ -149,7 +153,7 @@ def test_every_part_has_its_layer() -> None:
 
 def test_the_reader_sees_the_imports() -> None:
     """Guards the test above: some imports known to be there, of every kind."""
-    files, known = sources(), {*sources(), *packages()}
+    files, known = sources(), frozenset({*sources(), *packages()})
     seen = {name: imports_of(name, text, known, name in packages()) for name, text in files.items()}
     assert ("errors", True) in {(i.target, i.top) for i in seen["keys"] + seen["topology"]}
     assert ("recipe", True) in {(i.target, i.top) for i in seen["plan"]}  # under TYPE_CHECKING
@@ -197,7 +201,7 @@ def test_an_import_downwards_is_allowed(name: str, source: str) -> None:
 
 def test_no_file_imports_itself_through_others() -> None:
     """No cycles among files, counting imports at the top of them. A package stands for its __init__."""
-    files, known = sources(), {*sources(), *packages()}
+    files, known = sources(), frozenset({*sources(), *packages()})
     graph = {
         name: {i.target for i in imports_of(name, text, known, name in packages()) if i.top} - {name}
         for name, text in files.items()
