@@ -25,6 +25,8 @@ from distdl.data.stream.retry import Missing, Patience
 from distdl.errors import DataError
 from tests.s3_server import BUCKET, S3Server, s3_server
 
+pytestmark = pytest.mark.slow
+
 SHARDS, ROWS = 6, 500
 
 
@@ -242,7 +244,6 @@ print(json.dumps(ids == list(range(len(ids)))), len(ids))
 """
 
 
-@pytest.mark.slow
 def test_two_processes_fetch_every_object_once(server: S3Server, prepared: str) -> None:
     command = [sys.executable, "-c", _READER, prepared]
     readers = [

@@ -29,7 +29,7 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Name -> section `hardware`, section `train`."""
 
-QUICK = {("ddp", 2), ("ddp_exact", 2), ("accelerate", 2)}
+QUICK = {("ddp", 2)}
 ALIKE = ("fsdp_exact", "zero1", "zero2")
 """Those whose code the others have run already, but for what tests of their own look at: in the long run, or
 by this file's name.

@@ -72,7 +72,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     return train(tmp_path_factory.mktemp("one"), 1, **SMOOTH)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+SLOWER = [pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)]
+
+
+@pytest.mark.parametrize("size", [2, *SLOWER])
 def test_world_size_does_not_change_the_run(size: int, alone: Any, tmp_path: Path) -> None:
     rows, tensors = train(tmp_path, size, **SMOOTH)
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))

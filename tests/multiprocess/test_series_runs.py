@@ -17,6 +17,8 @@ from distdl.testing import assert_same_bits
 from tests.commands import distdl
 from tests.runs import train_here
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "lstm": {"name": "lstm", "hidden": 6, "embedding": 4, "bidirectional": True, "dropout": 0.2},
     "fcn1d": {"name": "fcn1d", "width": 4},
@@ -78,7 +80,6 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.slow
 def test_the_same_bits_at_one_and_two_processes(trained: Path) -> None:
     assert_same_bits(tensors(trained / "w2"), tensors(trained / "w1"))
     metrics = [(trained / f"w{n}" / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]
