@@ -34,12 +34,12 @@ def rendezvous(job: Job) -> Iterator[Finding]:
 def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
     net, place = facts.network, facts.place
     given, set_it = f"MASTER_ADDR={net.master_addr}", ""
-    if place.launcher == "slurm" and "MASTER_ADDR" in facts.env:
+    if place.launcher == "srun" and "MASTER_ADDR" in facts.env:
         set_it = (
             "unset MASTER_ADDR (srun hands on what a start-up file or a script has set; without it the first "
         )
         set_it += "node of the step is taken), or "
-    elif place.launcher == "slurm":
+    elif place.launcher == "srun":
         given = f"{net.master_addr}, the first node of the step,"
     target = f"{net.master_addr}:{net.master_port}"
     if net.master_error:

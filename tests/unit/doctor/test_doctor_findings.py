@@ -34,6 +34,8 @@ def said(facts: list[Facts]) -> list[tuple[str, str]]:
         ("interfaces", "fail", 1, {"network": DOWN, "env": {"GLOO_SOCKET_IFNAME": "ib0"}}),
         ("engine", "fail", 1, {"wanted": ZERO}),
         ("recipe", "fail", 1, {"wanted": WANTED.model_copy(update={"plan_error": "too many processes"})}),
+        ("limits", "fail", 1, {"machine": {"open_files": 32}}),
+        ("limits", "warn", 1, {"machine": {"open_files": 64}}),
         ("CPU cores", "warn", 1, {"machine": {"cpu_quota": 1.0}}),
         ("memory", "fail", 1, {"machine": {"memory_free": 500 << 20}}),
         ("run directory", "fail", 1, {"storage": {"lock_error": "No locks available"}}),
@@ -78,7 +80,7 @@ def test_a_process_by_itself_tells_its_troubles_alone() -> None:
 
 
 def test_srun_hands_on_a_master_addr_that_is_left_over() -> None:
-    place = healthy(2, 1)[1].place.model_copy(update={"launcher": "slurm"})
+    place = healthy(2, 1)[1].place.model_copy(update={"launcher": "srun"})
     network = {"master_addr": "localhost", "master_addresses": ("127.0.0.1",)}
     for env, found in (({"MASTER_ADDR": "localhost"}, True), ({}, False)):
         trouble = [
