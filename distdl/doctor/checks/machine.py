@@ -12,7 +12,7 @@ MEMORY_A_PROCESS = 1 << 30
 SHM_A_PROCESS, SHM_A_WORKER = 32 << 20, 64 << 20
 """What NCCL takes for the ranks of one node; a batch or two from each process that loads data."""
 LEAST_FILES, FILES, FILES_A_RANK, FILES_A_WORKER = 40, 128, 4, 32
-"""Open files of a process: by itself at the least (about 20 were counted in one that trains) and with room for
+"""Open files of a process: by itself at the least (about 20 were counted in one that trains), with room for
 libraries, for each rank it is connected to, for each process that loads data."""
 
 
@@ -122,8 +122,8 @@ def limits(job: Job) -> Iterator[Finding]:
             hard = "" if it.open_files_hard >= need else ", and the hard limit: limits.conf, LimitNOFILE"
             make = fail if it.open_files < LEAST_FILES + more else warn
             yield make(
-                f"a process may have {it.open_files} open files{where(job, first)}, and with {job.world_size} "
-                f"ranks {need} are enough",
+                f"a process may have {it.open_files} open files{where(job, first)}, and with "
+                f"{job.world_size} ranks {need} are enough",
                 f"raise it before starting: ulimit -n {max(need, 4096)}, docker --ulimit nofile{hard}",
             )
         threads_needed = len(processes) * (8 + workers) + 64
