@@ -105,3 +105,36 @@ def test_on_one_machine(way: str, tmp_path: Path, alone: Any) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     check(tmp_path / "run", alone, world, done.stdout + done.stderr)
+
+
+SCRIPTS = {
+    "torchrun.sh": [["2"]],
+    "accelerate.sh": [["2"]],
+    "deepspeed.sh": [["2"]],
+    "multinode.sh": [["1"], ["1"]],  # on two machines, which are both this one
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_of_launch_do_it(script: str, tmp_path: Path, alone: Any) -> None:
+    if not (ROOT / ".venv").exists():
+        pytest.skip("the scripts want the .venv that tests/run.sh makes")
+    recipe, port = small(tmp_path), free_port()
+    before = [f"127.0.0.1:{port}", "2"] if script == "multinode.sh" else []
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "HF_HOME": str(tmp_path),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    started = [
+        subprocess.Popen(
+            ["bash", str(ROOT / "launch" / script), *before, str(recipe), *procs],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for procs in SCRIPTS[script]
+    ]  # fmt: skip
+    said = "".join(process.communicate(timeout=120)[0] for process in started)
+    assert [process.returncode for process in started] == [0] * len(started), said
+    check(tmp_path / "run", alone, 2, said)
