@@ -5,18 +5,23 @@ What is wrong, and what a right diagnosis says, is in seeded.yaml. Here is how e
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
 import distdl
 from distdl.data.catalogue import CATALOGUE
@@ -148,6 +153,46 @@ def jumbo_frames(bench: Bench) -> Iterator[Job]:
             bench.done(node, *card, "gso_max_segs", "65535")
 
 
+@seed
+def stale_address_in_hosts(bench: Bench) -> Iterator[Job]:
+    known = (bench.cluster.cluster.folder / "hosts").read_text()
+    hosts = bench.folder / "hosts"
+    hosts.write_text(known.replace("10.213.7.1 node1", "10.213.7.77 node1"))
+    assert hosts.read_text() != known
+    with bench.mounted("node2", "/etc/hosts", "--bind", str(hosts)):
+        yield Job(write_recipe(bench.folder))
+
+
+@seed
+def high_ports_closed(bench: Bench) -> Iterator[Job]:
+    # Connections from a port that the system has handed out to another such go by way of a machine that is
+    # not there. Those to a port that was chosen, and the answers to them, go straight.
+    ports = "-".join(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    nobody = ("10.213.7.99", "dev", "eth0")
+    with ExitStack() as stack:
+        for node, peer in (("node1", "10.213.7.2"), ("node2", "10.213.7.1")):
+            detour = (peer, "via", *nobody, "table", "100")
+            handed_out = ("to", peer, "ipproto", "tcp", "sport", ports, "dport", ports, "table", "100")
+            bench.done(
+                node, "ip", "neigh", "replace", *nobody, "lladdr", "02:00:00:00:00:98", "nud", "permanent"
+            )
+            stack.callback(bench.done, node, "ip", "neigh", "del", *nobody)
+            bench.done(node, "ip", "route", "add", *detour)
+            stack.callback(bench.done, node, "ip", "route", "del", *detour)
+            bench.done(node, "ip", "rule", "add", *handed_out)
+            stack.callback(bench.done, node, "ip", "rule", "del", *handed_out)
+        yield Job(write_recipe(bench.folder))
+
+
+@seed
+def slow_link(bench: Bench) -> Iterator[Job]:
+    bench.cluster.cluster.link("node2", "rate", "10")
+    try:
+        yield Job(write_recipe(bench.folder, model={"width": 32}))
+    finally:
+        bench.done("ctl", "tc", "qdisc", "del", "dev", "node2", "root")
+
+
 # --- environment variables ---
 
 
@@ -159,6 +204,30 @@ def interface_that_is_not_there(bench: Bench) -> Iterator[Job]:
 @seed
 def master_addr_is_localhost(bench: Bench) -> Iterator[Job]:
     yield Job(write_recipe(bench.folder), {"MASTER_ADDR": "localhost"})
+
+
+@seed
+def world_of_one_left_over(bench: Bench) -> Iterator[Job]:
+    left = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    yield Job(write_recipe(bench.folder), left)
+
+
+_LISTEN = """
+import socket, sys
+with socket.create_server(("", 29500)):
+    print("listening", flush=True)
+    sys.stdin.read()
+"""
+
+
+@seed
+def master_port_taken(bench: Bench) -> Iterator[Job]:
+    # It ends with its standard input, as the block does.
+    words = bench.cluster.cluster.inside("node1", [sys.executable, "-c", _LISTEN])
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "listening\n"
+        yield Job(write_recipe(bench.folder), {"MASTER_PORT": "29500"})
 
 
 # --- file systems ---
@@ -183,12 +252,45 @@ def disk_full(bench: Bench) -> Iterator[Job]:
         shutil.rmtree(bench.disk / "run", ignore_errors=True)
 
 
+@seed
+def read_only_on_one_node(bench: Bench) -> Iterator[Job]:
+    shared = bench.folder / "shared"
+    shared.mkdir()
+    with bench.mounted("node2", shared, "--bind", "-o", "ro", str(shared)):
+        yield Job(write_recipe(bench.folder, run={"dir": str(shared / "run")}))
+
+
+@seed
+def store_that_does_not_answer(bench: Bench) -> Iterator[Job]:
+    # A hardware address that nobody has, as above.
+    store = ("10.213.7.200", "dev", "eth0")
+    access = {
+        "AWS_ENDPOINT_URL": "http://10.213.7.200:9000",
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "something",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with ExitStack() as stack:
+        for node in NODES:
+            nowhere = ("lladdr", "02:00:00:00:00:97", "nud", "permanent")
+            bench.done(node, "ip", "neigh", "replace", *store, *nowhere)
+            stack.callback(bench.done, node, "ip", "neigh", "del", *store)
+        yield Job(write_recipe(bench.folder, checkpoint={"dir": "s3://runs/mine"}), access)
+
+
 # --- limits ---
 
 
 @seed
 def few_open_files(bench: Bench) -> Iterator[Job]:
     yield Job(write_recipe(bench.folder), before='test "$SLURMD_NODENAME" = node1 || ulimit -n 64')
+
+
+@seed
+def address_space_limited(bench: Bench) -> Iterator[Job]:
+    # Enough for the libraries, and too little for 40 million weights with gradients, momentum and buffers.
+    limit = 'test "$SLURMD_NODENAME" = node1 || ulimit -v 1500000'
+    yield Job(write_recipe(bench.folder, model={"width": 64, "hidden": 40_000}), before=limit)
 
 
 # --- versions and code ---
@@ -203,6 +305,51 @@ def older_code_on_one_node(bench: Bench) -> Iterator[Job]:
         file.write("\n\nWARM_UP_STEPS = 100\n")
     with bench.mounted("node2", package, "--bind", str(own)):
         yield Job(write_recipe(bench.folder))
+
+
+@seed
+def file_named_like_a_module(bench: Bench) -> Iterator[Job]:
+    (bench.folder / "random.py").write_text("SEED = 7\n\n\ndef draw():\n    return SEED\n")
+    # `python -m` looks into the folder where it starts before all others.
+    yield Job(write_recipe(bench.folder), before=f"cd '{bench.folder}'")
+
+
+_OWN_TASK = """
+from distdl.tasks.image_classification import ImageClassification
+
+
+class OwnTask(ImageClassification):
+    def loss_sum(self, model, batch):
+        return SHARE * super().loss_sum(model, batch)
+"""
+
+
+@seed
+def own_task_differs(bench: Bench) -> Iterator[Job]:
+    here, older = bench.folder / "code", bench.folder / "older"
+    for folder, share in ((here, "1.0"), (older, "0.1")):
+        folder.mkdir()
+        (folder / "own_task.py").write_text(_OWN_TASK.replace("SHARE", share))
+    path = f"{here}:{bench.cluster.environment['PYTHONPATH']}"
+    # Python would take what it has compiled of one for the other, which is as long and as old.
+    environment = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    with bench.mounted("node2", here, "--bind", str(older)):
+        yield Job(write_recipe(bench.folder, task={"name": "own_task:OwnTask"}), environment)
+
+
+@seed
+def library_missing_on_one_node(bench: Bench) -> Iterator[Job]:
+    spec = find_spec("accelerate")
+    if spec is None or spec.origin is None:
+        pytest.skip("Accelerate is not installed")
+    installed, without = Path(spec.origin).parents[1], bench.folder / "without"
+    without.mkdir()
+    for place in installed.glob("accelerate*"):  # the package, and what pip knows of it
+        # To an overlay, a device of number 0 says that what has its name below is not there.
+        os.mknod(without / place.name, 0o600 | stat.S_IFCHR, os.makedev(0, 0))
+    layers = f"lowerdir={without}:{installed}"
+    with bench.mounted("node2", installed, "-t", "overlay", "-o", layers, "overlay"):
+        yield Job(write_recipe(bench.folder, hardware={"engine": "accelerate"}))
 
 
 # --- devices ---
@@ -243,6 +390,22 @@ def data_missing_on_one_node(bench: Bench) -> Iterator[Job]:
     shutil.copytree(source, copy)
     with bench.own_disk("node2", copy):
         yield Job(write_recipe(bench.folder, data={"name": None, "path": str(copy)}))
+
+
+@seed
+def data_of_another_version(bench: Bench) -> Iterator[Job]:
+    source, copy, older = CATALOGUE["fashion_mnist"].embedded, bench.folder / "data", bench.folder / "older"
+    assert source is not None
+    shutil.copytree(source, copy)
+    shutil.copytree(source, older)
+    rows = parquet.read_table(older / "train.parquet")
+    labels = rows.column("label")
+    at = rows.column_names.index("label")
+    turned = pa.array(labels.to_pylist()[::-1], labels.type)
+    parquet.write_table(rows.set_column(at, rows.field(at), turned), older / "train.parquet")
+    recipe = write_recipe(bench.folder, data={"name": None, "path": str(copy)})
+    with bench.mounted("node2", copy, "--bind", str(older)):
+        yield Job(recipe, {"DISTDL_CACHE": str(bench.folder / "cache")})
 
 
 @seed
