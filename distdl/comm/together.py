@@ -27,6 +27,7 @@ _BY_CODE: dict[int, type[DistdlError]] = {
     errors.DATA: errors.DataError,
     errors.DIVERGED: errors.Diverged,
     errors.STOPPED_BEFORE_START: errors.Stopped,
+    errors.RANK_FAILED: errors.EngineError,
 }
 
 
@@ -62,7 +63,9 @@ def share_problem(world: World, mine: Exception | None) -> None:
     """Collective. Tell all ranks of this rank's error, if it has one, and raise on all if any has."""
     problem = None
     if mine is not None:
-        code = mine.exit_code if isinstance(mine, DistdlError) else None
+        code = None  # of what was raised on purpose, here
+        if isinstance(mine, DistdlError) and not isinstance(mine, PeerFailed):
+            code = mine.exit_code
         problem = [code, str(mine), type(mine).__name__, socket.gethostname()]
     problems = world.gather(problem)
     if mine is not None:

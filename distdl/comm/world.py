@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from distdl.errors import EnvironmentProblem
+
 if TYPE_CHECKING:
     from distdl.topology import Topology
 
@@ -128,7 +130,7 @@ def meet(topology: Topology, device: str, timeout_s: float) -> World:
 
 def rendezvous(topology: Topology, timeout_s: float) -> Store:
     """The store where the ranks of `topology` meet, as in `meet`. Rank 0 opens it at once; the others block
-    until they reach it.
+    until they reach it. Raises EnvironmentProblem on rank 0 where it cannot open it.
     """
     host, port = str(topology.master_addr), int(topology.master_port or 0)
     limit = timedelta(seconds=timeout_s)
@@ -136,10 +138,24 @@ def rendezvous(topology: Topology, timeout_s: float) -> Store:
         store = TCPStore(host, port, is_master=False, timeout=limit)
     else:
         hosting = topology.rank == 0
-        listener = _listen(host, port) if hosting and topology.nodes == 1 else None
-        store = TCPStore(
-            host, port, is_master=hosting, timeout=limit, wait_for_workers=False, master_listen_fd=listener
-        )
+        try:
+            listener = _listen(host, port) if hosting and topology.nodes == 1 else None
+            store = TCPStore(
+                host,
+                port,
+                is_master=hosting,
+                timeout=limit,
+                wait_for_workers=False,
+                master_listen_fd=listener,
+            )
+        except (OSError, RuntimeError) as error:  # torch's DistNetworkError is a RuntimeError
+            if not hosting:
+                raise
+            raise EnvironmentProblem(
+                f"rank 0 cannot open the place where all meet, {host}:{port}: {str(error).splitlines()[0]}. "
+                "MASTER_ADDR has to be this machine, and MASTER_PORT a port that nobody listens on; "
+                "`distdl doctor`, started like this run, names who does"
+            ) from error
     # An agent keeps its store over restarts: without a prefix, gloo would dial the workers that died.
     return PrefixStore(f"distdl/attempt-{topology.attempt}", store)
 

@@ -16,6 +16,7 @@ from distdl.doctor.facts import Facts, Measured
 from distdl.doctor.finding import Finding
 from distdl.doctor.measure import all_reduce, large_messages, stream
 from distdl.doctor.meeting import Lost, Meeting
+from distdl.errors import DistdlError
 from distdl.topology import Topology
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def examine(asked: Asked | None, env: Mapping[str, str], *, wait_s: float, fix: 
 
     try:
         store = rendezvous(topology, wait_s)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, DistdlError) as error:
         return report([mine], str(error).partition("\n")[0])
     return examine_together(mine, asked, store, topology, wait_s)
 

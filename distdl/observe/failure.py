@@ -24,7 +24,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def report_failure(directory: RunDirectory, rank: int, error: BaseException) -> dict[str, Any]:
     """Write this rank's report to failures/ in the newest attempt; returns it. No collective."""
-    attempt = max(p for p in directory.attempts.iterdir() if p.name.isdigit())
+    attempt = max((p for p in directory.attempts.iterdir() if p.name.isdigit()), default=None)
     report = {
         "rank": rank,
         "host": socket.gethostname(),
@@ -35,6 +35,7 @@ def report_failure(directory: RunDirectory, rank: int, error: BaseException) -> 
         "consequence": is_consequence(error),
         "time": time.time(),
     }
-    (attempt / "failures").mkdir(exist_ok=True)
-    write_atomic(attempt / "failures" / f"rank-{rank:05d}.json", json.dumps(report, indent=2) + "\n")
+    if attempt is not None:  # it may fail before it has one
+        (attempt / "failures").mkdir(exist_ok=True)
+        write_atomic(attempt / "failures" / f"rank-{rank:05d}.json", json.dumps(report, indent=2) + "\n")
     return report

@@ -24,7 +24,7 @@ from distdl.data import Feed, Rows
 from distdl.data.description import access_of, describe_data, from_anywhere
 from distdl.engines import Engine, build_engine
 from distdl.engines.compiled import check_compiler
-from distdl.errors import EnvironmentProblem, RecipeError, nearest
+from distdl.errors import DataError, EnvironmentProblem, RecipeError, nearest
 from distdl.keys import key, seed_everything
 from distdl.models import model_factory
 from distdl.observe.console import RunConsole
@@ -34,6 +34,7 @@ from distdl.record import Heartbeat, RunDirectory, rewind_metrics, write_atomic
 from distdl.samples import DataInfo
 from distdl.tasks import Task, build_task
 from distdl.topology import Topology
+from distdl.train.alike import alike, code_hash
 from distdl.train.arithmetic import fingerprint, settle
 from distdl.train.batches import Batches
 from distdl.train.carrying import carry_of
@@ -153,7 +154,12 @@ def enter_world(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
     world = meet(topology, device, recipe.launch.timeout_s)
     share_problem(world, problem)
+    alike(world, "another recipe", recipe_hash(recipe), RecipeError, "Give all the same file and overrides")
+    alike(world, "other data", info.fingerprint, DataError, _COPY)
     return world, plan, info
+
+
+_COPY = "Copy the data to the same path on every node, or name a folder that all nodes share (data.path)"
 
 
 def prepare_data(recipe: Recipe, world: World, access: Access | None = None) -> Feed:
@@ -184,6 +190,8 @@ def build(
     communicates: what it refuses, it refuses on every rank by itself.
     """
     task, engine, model = together(world, lambda: _make(recipe, plan, world, topology, info))
+    code = together(world, lambda: code_hash(task, model))
+    alike(world, "other code", code, EnvironmentProblem, "Copy the files of your modules to every node")
     if start is not None:
         together(world, lambda: start(model))
     engine.setup(model)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from distdl.comm import World
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
 from distdl.testing import WorldFailed, run_world, worst
+from distdl.train.alike import code_hash
 from tests.multiprocess.test_parity import recipe_for, results
 from tests.runs import train_rank
 
@@ -169,3 +174,37 @@ def test_a_stop_during_an_evaluation_repeats_it_once(tmp_path: Path) -> None:
     rows = read_lines(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 13))
     assert [r["step"] for r in rows if "eval_accuracy" in r] == [6, 12]
+
+
+def test_ranks_that_were_given_different_things_are_refused(tmp_path: Path) -> None:
+    """As nodes with disks of their own: each would train its share of something else."""
+    for name, difference in (("another recipe", "optim"), ("other data", "data"), ("other code", "code")):
+        told = run_world(differing, 2, recipe_for(tmp_path / difference), difference)
+        assert all(f"[rank 1/2 on {socket.gethostname()}] has {name} than rank 0" in one for one in told), (
+            told
+        )
+
+
+def differing(world: World, recipe: Recipe, difference: str) -> str:
+    from distdl.data.description import describe_data
+    from distdl.train import setup
+
+    if world.rank == 1 and difference == "optim":
+        recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 0.5})})
+    if world.rank == 1 and difference == "data":
+        setup.describe_data = lambda *args: replace(describe_data(*args), fingerprint="another")
+    if world.rank == 1 and difference == "code":
+        setup.code_hash = lambda *_: "another"
+    return refusal(world, recipe)
+
+
+def test_code_of_ones_own_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    told = []
+    for number in (1, 1, 2):
+        (tmp_path / "my_task.py").write_text(f"class Mine:\n    weight = {number}\n")
+        monkeypatch.delitem(sys.modules, "my_task", raising=False)
+        importlib.invalidate_caches()
+        told.append(code_hash(importlib.import_module("my_task").Mine()))
+    assert told[0] == told[1] != told[2]
+    assert code_hash(recipe_for(tmp_path)) == code_hash()  # distdl itself is compared elsewhere

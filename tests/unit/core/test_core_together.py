@@ -42,7 +42,7 @@ def raises(error: Exception, on: int) -> Callable[[int], int]:
         (errors.Corrupt("r"), errors.CheckpointError),
         (errors.DataError("r"), errors.DataError),
         (errors.Diverged("r"), errors.Diverged),
-        (errors.EngineError("r"), PeerFailed),
+        (errors.EngineError("r"), errors.EngineError),
     ],
 )
 def test_a_distdl_error_is_raised_on_all_with_its_code(
