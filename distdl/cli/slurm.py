@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +21,7 @@ from distdl.launch.place import Nodes
 from distdl.launch.slurm.client import ask
 from distdl.launch.slurm.profile import load_with_profile
 from distdl.launch.slurm.script import Job, doctor_command, sbatch_text
-from distdl.launch.slurm.submit import ask_when, job_of, logs_of, queued, submit
+from distdl.launch.slurm.submit import ask_when, job_of, logs_of, queued, submit, tasks_of
 from distdl.recipe import Recipe
 from distdl.record import Heartbeat, RunDirectory, read_lines
 from distdl.topology import Topology
@@ -109,31 +111,41 @@ def _check_plan(recipe: Recipe, topology: Topology) -> None:
 def status_command(run: Run, as_json: AsJson = False) -> int:
     """Say how a run's job stands: in the queue, how often it was restarted, which step it has reached."""
     number = job_of(run)
-    events = read_lines(run / "events.jsonl")
-    starts = [e for e in events if e["event"] == "job_start"]
-    saved = [e["step"] for e in events if e["event"] == "save"]
-    last = events[-1]["event"]
     rows = queued(number)
-    facts = {
-        "job": number,
-        "run": str(run),
-        "tasks": [vars(row) for row in rows],
-        "restarts": max((e["restarts"] for e in starts), default=0),
-        "step": _step_of(run),
-        "saved_step": max(saved, default=None),
-        "last_event": last,
-    }
+    tasks = {task.name: _progress(task) for task in tasks_of(run)}
+    facts = {"job": number, "run": str(run), "tasks": [vars(row) for row in rows], **_progress(run)}
     if as_json:
-        _print([json.dumps(facts)])
+        _print([json.dumps(facts | ({"array": tasks} if tasks else {}))])
         return errors.DONE
     _print(
         [
             *(f"job {q.job}: {q.state}, {q.elapsed} of {q.limit}, {q.nodes} nodes, {q.where}" for q in rows),
             *([] if rows else [f"job {number}: no longer in the queue"]),
-            f"restarts {facts['restarts']}, step {facts['step']}, saved {facts['saved_step']}, last: {last}",
+            *(f"{name}: {_in_words(progress)}" for name, progress in tasks.items()),
+            *([] if tasks else [_in_words(facts)]),
         ]
     )
     return errors.DONE
+
+
+def _progress(run: Path) -> dict[str, Any]:
+    """What the run directory tells: attempts after the first, the step, the last save and event."""
+    events = read_lines(run / "events.jsonl")
+    anew = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
+    starts = sum(e["event"] == "job_start" for e in events[anew:])
+    return {
+        "restarts": max(0, starts - 1),
+        "step": _step_of(run),
+        "saved_step": max((e["step"] for e in events if e["event"] == "save"), default=None),
+        "last_event": events[-1]["event"] if events else None,
+    }
+
+
+def _in_words(progress: Mapping[str, Any]) -> str:
+    return (
+        f"restarts {progress['restarts']}, step {progress['step']}, saved {progress['saved_step']}, "
+        f"last: {progress['last_event']}"
+    )
 
 
 def _step_of(run: Path) -> int:
@@ -145,9 +157,9 @@ def _step_of(run: Path) -> int:
 def logs_command(
     run: Run, lines: Annotated[int, typer.Option(min=1, help="Lines from the end of each log.")] = 20
 ) -> int:
-    """Print the end of the logs of a run's newest job: what its attempts printed, one after the other."""
+    """Print the end of the log of a run's newest job, which all its attempts write to; of each task's."""
     number = job_of(run)
-    logs = [log for log in logs_of(run) if log.stem.split("_")[0] == number]
+    logs = [log for log in logs_of(run) if log.stem == number or log.stem.split("_")[0] == number]
     for log in logs:
         _print([f"==> {log} <==", tail(log, lines, most_bytes=lines * 400)])
     if not logs:
@@ -170,6 +182,11 @@ def cancel_command(run: Run) -> int:
 def requeue_command(run: Run) -> int:
     """Have Slurm start a run's job again, running or ended; it goes on from the newest checkpoint."""
     number = job_of(run)
+    if shutil.which("scontrol") is None:
+        raise EnvironmentProblem(
+            "scontrol is not here, and nothing else requeues a job. Submit the run again (`distdl launch "
+            "CONFIG --on slurm`): it goes on from its newest checkpoint"
+        )
     ask(["scontrol", "requeue", number])
     _print([f"job {number}: to be started again"])
     return errors.DONE

@@ -15,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from distdl import errors
 from distdl.errors import DistdlError
 from distdl.launch.slurm.requeue import Verdict, idle_attempts, judge, start_again
+from distdl.launch.slurm.script import FOLDER
 from distdl.record import RunDirectory, read_lines
 
 _PATIENCE_S = 60
@@ -97,22 +99,29 @@ def main(arguments: Sequence[str]) -> int:
     attempt = Attempt.from_env(os.environ)
     step = Step()
     run, overrides = run_of_task(given.run, given.array_key, attempt.task)
-    directory = RunDirectory(run)
+    directory, script = RunDirectory(run), Path(given.run) / FOLDER / "job.sbatch"
     directory.path.mkdir(parents=True, exist_ok=True)
     idle = idle_attempts(read_lines(directory.events))
     directory.event("job_start", job=attempt.name, restarts=attempt.restarts)
     _say(f"job {attempt.name}, restart {attempt.restarts}: {run}")
     if idle >= given.idle_attempts:  # Slurm itself has started it again, after a node was lost say
-        return _end(directory, attempt, Verdict.IDLE, errors.RANK_FAILED, idle)
+        return _end(directory, attempt, Verdict.IDLE, errors.RANK_FAILED, idle, script)
     code = step.run(step_command(attempt, [*given.command, *overrides], elastic=given.elastic))
     idle = idle_attempts(read_lines(directory.events))
-    return _end(directory, attempt, judge(code, step.asked, idle, given.idle_attempts), code, idle)
+    verdict = judge(code, step.asked, idle, given.idle_attempts)
+    return _end(directory, attempt, verdict, code, idle, script)
 
 
-def _end(directory: RunDirectory, attempt: Attempt, verdict: Verdict, code: int, idle: int) -> int:
+def _end(
+    directory: RunDirectory, attempt: Attempt, verdict: Verdict, code: int, idle: int, script: Path
+) -> int:
     said = str(verdict.value)
     if verdict is Verdict.AGAIN:
-        said = start_again(attempt.name, attempt.restarts, directory.path / "slurm" / "job.sbatch")
+        said, following = start_again(attempt.name, attempt.restarts, script)
+        if following is not None:
+            # `distdl slurm` looks for this one from now on. Of an array, the new job has the one task.
+            task = f"_{attempt.task}" if attempt.task else ""
+            directory.event("followed_by", job=f"{following}{task}")
     elif verdict is Verdict.IDLE:
         code = errors.RANK_FAILED
         said = f"not started again: {idle} attempts in a row saved no step (launch.slurm.idle_attempts)"

@@ -49,24 +49,31 @@ def judge(code: int, asked: bool, idle: int, most_idle: int) -> Verdict:
     return Verdict.AGAIN if idle < most_idle else Verdict.IDLE
 
 
-def start_again(name: str, restarts: int, script: Path) -> str:
+def start_again(name: str, restarts: int, script: Path) -> tuple[str, str | None]:
     """Have Slurm start job `name` again, unless it was cancelled or is to start again already.
 
-    `restarts`: how often it had been when this attempt began. Returns what was done, in words. Raises
-    EnvironmentProblem where Slurm does not answer.
+    `restarts`: how often it had been when this attempt began. Returns what was done, in words, and the id of
+    the job that follows where it is another one. Raises EnvironmentProblem where Slurm does not answer.
     """
-    if shutil.which("scontrol") is None:  # some clusters keep it from their users
-        dependency = f"--dependency=afterany:{name}"
-        job = ask(["sbatch", "--parsable", dependency, *_task_of(name), str(script)]).strip()
-        return f"goes on as job {job}"
-    state, reason, count = state_of(ask(["scontrol", "show", "job", "-o", name]))
+    requeues = shutil.which("scontrol") is not None  # some clusters keep it from their users
+    if requeues:
+        state, reason, count = state_of(ask(["scontrol", "show", "job", "-o", name]))
+    else:
+        state, reason, count = queue_state_of(
+            ask(["squeue", "--noheader", f"--jobs={name}", "--Format=State:32,Reason:64,RestartCnt:16"])
+        )
     if count != restarts:
-        return "Slurm itself starts it again"
+        return "Slurm itself starts it again", None
     # A job that is cancelled is COMPLETING for as long as this program lives; so is one out of time.
     if state != "RUNNING" and reason != "TimeLimit":
-        return "cancelled, not started again"
-    ask(["scontrol", "requeue", name])
-    return Verdict.AGAIN.value
+        return "cancelled, not started again", None
+    if requeues:
+        ask(["scontrol", "requeue", name])
+        return Verdict.AGAIN.value, None
+    dependency = f"--dependency=afterany:{name}"
+    said = ask(["sbatch", "--parsable", dependency, *_task_of(name), str(script)])
+    job = said.strip().partition(";")[0]
+    return f"goes on as job {job}", job
 
 
 def _task_of(name: str) -> list[str]:
@@ -78,3 +85,9 @@ def state_of(text: str) -> tuple[str, str, int]:
     """(state, reason, restarts) from the line that `scontrol show job -o` prints."""
     found = dict(re.findall(r"(?:^|\s)(JobState|Reason|Restarts)=(\S+)", text))
     return found.get("JobState", "UNKNOWN"), found.get("Reason", ""), int(found.get("Restarts", "0"))
+
+
+def queue_state_of(text: str) -> tuple[str, str, int]:
+    """The same from the columns of `squeue`; a job that is no longer there is not running."""
+    words = text.split()
+    return (words[0], words[1], int(words[2])) if len(words) == 3 else ("UNKNOWN", "", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +46,31 @@ class Queued:
 
 
 def job_of(run: Path) -> str:
-    """The id of the job that was submitted last for a run. Raises EnvironmentProblem where there is none."""
-    found = [e["job"] for e in read_lines(run / "events.jsonl") if e["event"] == "submitted"]
+    """What Slurm calls the job of a run, or of a task of an array, that was submitted or began last.
+
+    Raises EnvironmentProblem where there is none.
+    """
+    events = read_lines(run / "events.jsonl")
+    found = [e["job"] for e in events if e["event"] in ("submitted", "followed_by")]
+    if task_of(run) is not None:  # the array was submitted, and each task notes its own starts
+        found = [e["job"] for e in events if e["event"] in ("job_start", "followed_by")]
     if not found:
         raise EnvironmentProblem(
             f"{run}: no job was submitted for this run directory; `distdl launch CONFIG --on slurm` does it"
         )
     return str(found[-1])
+
+
+def task_of(run: Path) -> str | None:
+    """The number of the task of an array whose run directory this is; None of any other run."""
+    found = re.fullmatch(r"task-(\d+)", run.name)
+    return found[1] if found and (run.parent / FOLDER).is_dir() else None
+
+
+def tasks_of(run: Path) -> list[Path]:
+    """The run directories of the tasks of an array, as far as they have begun."""
+    found = [task for task in run.glob("task-*") if task_of(task) is not None]
+    return sorted(found, key=lambda task: int(task_of(task) or 0))
 
 
 def queued(job: str) -> list[Queued]:
@@ -67,4 +86,6 @@ def queued(job: str) -> list[Queued]:
 
 def logs_of(run: Path) -> list[Path]:
     """The logs of the run's jobs, the newest last."""
-    return sorted((run / FOLDER).glob("*.log"), key=lambda path: path.stat().st_mtime)
+    task = task_of(run)
+    found = (run / FOLDER).glob("*.log") if task is None else (run.parent / FOLDER).glob(f"*_{task}.log")
+    return sorted(found, key=lambda path: path.stat().st_mtime)

@@ -17,6 +17,7 @@ import pytest
 from distdl.errors import EnvironmentProblem
 from distdl.launch.slurm.job import Attempt, run_of_task, step_command
 from distdl.launch.slurm.requeue import Verdict, idle_attempts, judge, state_of
+from distdl.launch.slurm.submit import job_of
 from distdl.record import read_lines
 
 START, SUBMITTED = {"event": "job_start"}, {"event": "submitted"}
@@ -130,13 +131,22 @@ class Program:
             stub.write_text(text.format(python=sys.executable))
             stub.chmod(0o700)
         self.processes: list[subprocess.Popen[str]] = []
+        self.path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def without_scontrol(self) -> None:
+        """A cluster whose users have squeue and sbatch; nothing else that the machine may have is seen."""
+        (self.folder / "bin" / "scontrol").unlink()
+        for name, text in (("squeue", SQUEUE), ("sbatch", SBATCH)):
+            stub = self.folder / "bin" / name
+            stub.write_text(text.format(python=sys.executable))
+            stub.chmod(0o700)
+        self.path = str(self.folder / "bin")
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         words = ["--run", str(self.run), "--idle-attempts", "2", *options, "--", "train", "a b", "$(id)"]
-        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         process = subprocess.Popen(
             [sys.executable, "-m", "distdl.launch.slurm.job", *words],
-            env={**os.environ, **JOB, "PATH": path, "NOTES": str(self.notes), **environment},
+            env={**os.environ, **JOB, "PATH": self.path, "NOTES": str(self.notes), **environment},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -193,6 +203,54 @@ def test_when_a_job_is_not_started_again(program: Program, environment: dict[str
     assert code == int(environment["CODE"])
     assert says in said
     assert "scontrol" not in {words[0] for words in program.asked("scontrol") if words[1] == "requeue"}
+
+
+SQUEUE = "#!/bin/sh\necho ${{STATE:-RUNNING}} ${{REASON:-None}} ${{RESTARTS:-0}}\n"
+SBATCH = """#!{python}
+import json, os, sys
+with open(os.environ["NOTES"], "a") as notes:
+    notes.write(json.dumps(["sbatch", *sys.argv[1:]]) + "\\n")
+print("13;cluster")
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "goes on as job 13"),
+        ({"STATE": "COMPLETING"}, "cancelled, not started again"),
+        ({"STATE": "COMPLETING", "REASON": "TimeLimit"}, "goes on as job 13"),
+        ({"RESTARTS": "1"}, "Slurm itself starts it again"),
+    ],
+)
+def test_without_scontrol_another_job_follows(
+    program: Program, environment: dict[str, str], says: str
+) -> None:
+    """And not after one that was cancelled: it would submit itself for ever."""
+    program.without_scontrol()
+    code, said = program.finish(program.start(CODE="75", **environment))
+    assert code == 75
+    assert says in said, said
+    follows = "13" in says
+    script = str(program.run / "slurm" / "job.sbatch")
+    asked = ["sbatch", "--parsable", "--dependency=afterany:12", script]
+    assert program.asked("sbatch") == ([asked] if follows else [])
+    (program.run / "slurm").mkdir()
+    events = [e["event"] for e in read_lines(program.run / "events.jsonl")]
+    assert events == ["job_start", *(["followed_by"] * follows), "job_end"]
+    if follows:
+        assert job_of(program.run) == "13"
+
+
+def test_without_scontrol_a_task_of_an_array_is_followed_alone(program: Program) -> None:
+    program.without_scontrol()
+    task = {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "4"}
+    program.finish(program.start("--array-key", "train.seed", CODE="75", **task))
+    script = str(program.run / "slurm" / "job.sbatch")
+    asked = ["sbatch", "--parsable", "--dependency=afterany:10_4", "--array=4", script]
+    assert program.asked("sbatch") == [asked]
+    (program.run / "slurm").mkdir()
+    assert job_of(program.run / "task-4") == "13_4"
 
 
 def test_a_job_out_of_time_that_could_save_starts_again(program: Program) -> None:
