@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from distdl.launch.failure import lost_node
-from distdl.launch.relay import BACK, LOST, Alone, Link
+from distdl.launch.relay import BACK, GIVE_UP, LOST, Alone, Link
 
 _HERE, _READY, _ROUND, _GROW, _END, _STOP = "here", "ready", "round", "grow", "end", "stop"
 _WAIT_S = 0.05
+ANSWER_S = 10.0
+"""When an attempt has failed on one node, the others' agents end their workers and say so at once. One that
+has said nothing for so long cannot be reached; the kernel would find that out later.
+"""
 
 
 class NodeLost(Exception):
@@ -122,6 +127,7 @@ class Peers:
         self._link = link
         self._wanted = 1
         self._stop_told = False
+        self._failed_at: float | None = None
         link.say(_HERE, True)
 
     @property
@@ -153,7 +159,7 @@ class Peers:
                     announced = True
                     self._link.say(_ROUND, asdict(Round(self._wanted, members, **vars(opening))))
             self._link.listen(_WAIT_S)
-        self.round = found
+        self.round, self._failed_at = found, None
         return found
 
     def say_end(self, end: End) -> None:
@@ -168,9 +174,23 @@ class Peers:
         ends = [self._end_of(member) for member in self.round.members]
         found = [end for end in ends if end is not None]
         if len(found) < len(ends):
+            if 0 in self._link.heard.get(LOST, {}):  # nothing more will come, also not this node's own word
+                raise NodeLost(0, None)
             self._check_lost(unless_ended=True)
+            self._give_up_who_is_silent(ends)
             return None
         return found
+
+    def _give_up_who_is_silent(self, ends: Sequence[End | None]) -> None:
+        """Node 0: of an attempt that has failed."""
+        if self.node != 0 or not any(end is not None and end.failure is not None for end in ends):
+            return
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        elif time.monotonic() - self._failed_at > ANSWER_S:
+            silent = [m.node for m, end in zip(self.round.members, ends, strict=True) if end is None]
+            self._link.say(GIVE_UP, [node for node in silent if node != 0])
+            self._failed_at = math.inf  # once
 
     @property
     def failed(self) -> bool:

@@ -12,16 +12,17 @@ import select
 import selectors
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distdl.errors import EnvironmentProblem
 from distdl.launch.address import keep_alive
 
 Json = Any
-LOST, BACK = "lost", "back"
+LOST, BACK, GIVE_UP = "lost", "back", "give up"
 """What the hub says of a node whose connection has ended (the value is its host), and of one that has come
-again, which is lost no longer (the value says how often).
+again, which is lost no longer (the value says how often). Node 0 has it give up nodes that do not answer: it
+ends their connections.
 """
 
 _LONGEST = 1 << 22  # bytes of a line; a traceback and the end of a log are far shorter
@@ -116,7 +117,10 @@ class Hub(threading.Thread):
                 self._admit(lines, message)
             elif isinstance(message, dict) and message.keys() == {"key", "value"}:
                 node = next(n for n, member in self._members.items() if member is lines)
-                self._say(node, str(message["key"]), message["value"])
+                if node == 0 and message["key"] == GIVE_UP:
+                    self._give_up(message["value"])
+                else:
+                    self._say(node, str(message["key"]), message["value"])
             else:  # not our protocol: what says it is no agent any more
                 self._dismiss(lines)
                 return
@@ -164,6 +168,11 @@ class Hub(threading.Thread):
         # Node 0 last: it may end this process as soon as it has heard.
         for _, member in sorted(self._members.items(), reverse=True):
             member.write({"node": node, "key": key, "value": value})
+
+    def _give_up(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            if node in self._members:
+                self._dismiss(self._members[node])
 
     def _dismiss(self, lines: Lines) -> None:
         self._selector.unregister(lines.connection)

@@ -12,6 +12,7 @@ import pytest
 
 from distdl.errors import EnvironmentProblem, PlanError
 from distdl.launch import address, relay
+from distdl.launch import peers as peers_module
 from distdl.launch.peers import Crew, End, Member, NodeLost, Opening, Peers, Round, TooFew
 from distdl.launch.place import Endpoint, Nodes, Place
 from distdl.launch.relay import Hub, Link
@@ -251,6 +252,19 @@ def test_an_attempt_ends_when_all_have_said_how(ring: Ring) -> None:
         hear(ring.links[me], "end", other)
         assert peers[me].failed
         assert peers[me].ends() == [End(1, code=75), End(1, failure={"rank": 1})]
+
+
+def test_who_says_nothing_after_a_failure_is_given_up(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a cable that is cut: its connection stands, and nothing comes."""
+    monkeypatch.setattr(peers_module, "ANSWER_S", 0.1)
+    first, silent = (Peers(ring.join(node), node, Crew(2, 2)) for node in (0, 1))
+    first.round = silent.round = both(1)
+    first.say_end(End(1, failure={"rank": 0}))
+    with pytest.raises(NodeLost) as lost:
+        until(first, lambda peers: peers.ends())
+    assert lost.value.node == 1
+    with pytest.raises(NodeLost):  # should it be there after all, it ends
+        until(silent, lambda peers: peers.ends())
 
 
 def test_a_node_lost_after_all_is_said_is_no_loss(ring: Ring) -> None:
