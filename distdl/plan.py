@@ -226,8 +226,8 @@ def _threads(recipe: Recipe, topology: Topology, device: str) -> int:
 def _device(recipe: Recipe, topology: Topology) -> str:
     wanted = recipe.hardware.device
     if wanted == "auto":
-        return "cuda" if topology.gpus >= topology.local_world_size else "cpu"
-    if wanted == "cuda" and topology.launcher != "planned" and topology.gpus < topology.local_world_size:
+        return "cuda" if topology.a_gpu_each else "cpu"
+    if wanted == "cuda" and topology.launcher != "planned" and not topology.a_gpu_each:
         fewer = f"--procs {topology.gpus}, or " if topology.gpus else ""
         raise PlanError(
             f"hardware.device = 'cuda' with {topology.local_world_size} processes on this node, which has "

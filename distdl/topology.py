@@ -107,7 +107,8 @@ class Topology:
 
     `gpus` and `cpus` are those this node lets the run use. `master_addr` and `master_port` name the
     rendezvous; both are None for a single process. `agent_store`: the launcher's agent serves a store there,
-    and `attempt` counts how often it has restarted its workers.
+    and `attempt` counts how often it has restarted its workers. `own_gpu`: the GPU that this process sees is
+    its alone, as with `srun --gpus-per-task=1`.
     """
 
     rank: int = 0
@@ -122,7 +123,18 @@ class Topology:
     attempt: int = 0
     cpus: int = 1
     gpus: int = 0
+    own_gpu: bool = False
     accelerate: AccelerateAsks = AccelerateAsks()
+
+    @property
+    def gpu(self) -> int:
+        """The number of this process's GPU among those it sees."""
+        return 0 if self.own_gpu else self.local_rank
+
+    @property
+    def a_gpu_each(self) -> bool:
+        """Whether every process of the node has a GPU of its own."""
+        return self.own_gpu or self.gpus >= self.local_world_size
 
     @property
     def nodes(self) -> int:
@@ -137,11 +149,12 @@ class Topology:
         """
         if "RANK" in env and "WORLD_SIZE" in env:
             _check_torchrun_in_slurm(env)
+            _check_left_over_in_slurm(env)
             found = _from_torchrun(env)
+        elif "OMPI_COMM_WORLD_RANK" in env:  # before Slurm: mpirun's daemons are a step of its own
+            found = _from_open_mpi(env)
         elif _in_slurm_step(env):
             found = _from_slurm(env)
-        elif "OMPI_COMM_WORLD_RANK" in env:
-            found = _from_open_mpi(env)
         elif "RANK" in env or "WORLD_SIZE" in env:
             found = _from_torchrun(env)  # raises, naming the one that is missing
         else:
@@ -149,7 +162,9 @@ class Topology:
             found = cls()
         _check(found)
         asks = AccelerateAsks.from_env(env)
-        return replace(found, cpus=usable_cpus(), gpus=visible_gpus(env), accelerate=asks)
+        gpus = visible_gpus(env)
+        own = found.launcher == "srun" and gpus == 1 and "SLURM_GPUS_PER_TASK" in env
+        return replace(found, cpus=usable_cpus(), gpus=gpus, own_gpu=own, accelerate=asks)
 
     @classmethod
     def of(cls, nodes: int, procs: int, *, cpus: int | None = None, gpus: int = 0) -> Topology:
@@ -240,6 +255,19 @@ def _check_torchrun_in_slurm(env: Mapping[str, str]) -> None:
             f"srun started torchrun {tasks} times, and each forms a world of {agents} node"
             f"{'s' * (agents > 1)} by itself: they would train the same run at once. Start one a node "
             "(`srun --ntasks-per-node=1 torchrun --nnodes=N ...`), or none: `srun python -m distdl train`"
+        )
+
+
+def _check_left_over_in_slurm(env: Mapping[str, str]) -> None:
+    """Variables of an earlier try, which srun hands to all tasks: each would think its run smaller."""
+    if not _in_slurm_step(env) or {"TORCHELASTIC_RUN_ID", "DISTDL_LAUNCHER_PID"} & env.keys():
+        return
+    tasks, world = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "WORLD_SIZE")
+    if world < tasks:
+        raise EnvironmentProblem(
+            f"srun started {tasks} tasks, and WORLD_SIZE={world} and RANK={env['RANK']} are set in their "
+            "environment (left over in a shell or in its start-up file?): each would train by itself. Unset "
+            "them (`unset RANK WORLD_SIZE LOCAL_RANK`), and srun's own numbers are taken"
         )
 
 

@@ -132,6 +132,7 @@ class Machine(Model):
     open_files: int = 65536
     open_files_hard: int = 65536
     processes: int = 65536
+    address_space: int | None = None
     locked_memory: int | None = None
     memory: int = 64 << 30
     memory_free: int = 48 << 30

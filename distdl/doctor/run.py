@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,13 +51,35 @@ def examine(asked: Asked | None, env: Mapping[str, str], *, wait_s: float, fix: 
         return report([mine])
     if why := _cannot_meet(mine):
         return report([mine], why)
-    from distdl.comm.world import rendezvous
-
     try:
-        store = rendezvous(topology, wait_s)
+        store = _store(topology, wait_s)
     except (RuntimeError, OSError, DistdlError) as error:
         return report([mine], str(error).partition("\n")[0])
     return examine_together(mine, asked, store, topology, wait_s)
+
+
+def _store(topology: Topology, wait_s: float) -> Store:
+    """Where the processes meet. In a thread: a program of another kind that listens there may never answer,
+    and torch's client has no time-out for that. Raises what it raises, and TimeoutError.
+    """
+    from distdl.comm.world import rendezvous
+
+    found: Future[Store] = Future()
+
+    def meet() -> None:
+        try:
+            found.set_result(rendezvous(topology, wait_s))
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=meet, daemon=True).start()
+    try:
+        return found.result(2 * wait_s)
+    except FutureTimeout:
+        raise TimeoutError(
+            f"what listens at {topology.master_addr}:{topology.master_port} does not answer as a run would: "
+            "another program has the port, or rank 0 hangs"
+        ) from None
 
 
 def _cannot_meet(mine: Facts) -> str | None:

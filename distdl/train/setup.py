@@ -146,7 +146,7 @@ def enter_world(
                     "a GPU is named in the environment but torch cannot use one (a build for CPU, or no "
                     "driver): see torch.cuda.is_available(), or set hardware.device=cpu"
                 )
-            torch.cuda.set_device(topology.local_rank)
+            torch.cuda.set_device(topology.gpu)
     except Exception as error:
         problem = error
     device = "cpu" if problem else plan.device
@@ -204,7 +204,7 @@ def _make(
     """Local: the task, the engine, not set up, and its model."""
     make_model = model_factory(recipe.model.name, recipe.model.options())
     task = build_task(recipe.task.name, recipe.task.options(), make_model, info)
-    device = torch.device("cuda", topology.local_rank) if plan.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", topology.gpu) if plan.device == "cuda" else torch.device("cpu")
     if recipe.hardware.compile:
         check_compiler(device)
     engine = build_engine(plan, recipe, world, device)

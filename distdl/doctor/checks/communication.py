@@ -31,7 +31,8 @@ def connections(job: Job) -> Iterator[Finding]:
             f"{measured.peer} does not get through to {job.first.place.host} on a free port: "
             f"{measured.stream_error}",
             "gloo and NCCL connect processes on ports of the system's choice (sysctl "
-            "net.ipv4.ip_local_port_range): open these between the nodes",
+            "net.ipv4.ip_local_port_range): let these ports through between the nodes, in the firewall of "
+            "each (iptables, nftables) or the cloud's security group",
         )
     else:
         yield ok(f"{_rate(measured.stream or 0)} from {measured.peer} over one plain TCP connection")
@@ -66,7 +67,7 @@ def all_reduce(job: Job) -> Iterator[Finding]:
     least = LINK_SHARE * link if link else STREAM_SHARE * (measured.stream or 0)
     if best < least:
         yield warn(
-            told,
+            f"slow: {told}",
             "check that the fast interface is used (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_IB_HCA), "
             "that nothing else uses it, and its cable and switch (ethtool IFACE)",
         )
@@ -96,4 +97,7 @@ def _why(job: Job) -> str:
 
 
 def _rate(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB/s"
+    """Bytes a second for a person, also in the bits that a link is sold by."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB/s"
+    return f"{nbytes / 1e6:.3g} MB/s ({nbytes * 8 / 1e6:.3g} Mbit/s)"

@@ -11,6 +11,8 @@ MEMORY_A_PROCESS = 1 << 30
 """A process that has imported torch and mapped its data, before it has a model."""
 SHM_A_PROCESS, SHM_A_WORKER = 32 << 20, 64 << 20
 """What NCCL takes for the ranks of one node; a batch or two from each process that loads data."""
+ADDRESS_SPACE = 4 << 30
+"""What a process maps is more than what it uses; a small network on a CPU reached 1.5 GiB."""
 LEAST_FILES, FILES, FILES_A_RANK, FILES_A_WORKER = 40, 128, 4, 32
 """Open files of a process: by itself at the least (about 20 were counted in one that trains), with room for
 libraries, for each rank it is connected to, for each process that loads data."""
@@ -132,6 +134,12 @@ def limits(job: Job) -> Iterator[Finding]:
                 f"this user may have {it.processes} processes and threads{where(job, first)}, and the node "
                 f"needs about {threads_needed}",
                 "raise it: ulimit -u, limits.conf, docker --pids-limit",
+            )
+        if it.address_space is not None and (it.address_space < ADDRESS_SPACE or first.gpus.present):
+            yield fail(
+                f"a process may have {size(it.address_space)} of address space (ulimit -v)"
+                f"{where(job, first)}: libraries alone map about 1.5 GiB, those of CUDA many times as much",
+                "ulimit -v unlimited before starting; where that is refused, limits.conf (as), LimitAS",
             )
         infiniband = any(name.startswith("ib") for name in first.network.interfaces)
         if infiniband and it.locked_memory is not None and it.locked_memory < 64 << 20:

@@ -54,9 +54,12 @@ def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
             "over from an earlier run",
         )
     elif net.port_error:
+        addresses = ", ".join(net.master_addresses)
+        known = "" if net.master_addr == addresses else f" (which {place.host} resolves to {addresses})"
         yield fail(
-            f"{facts.label} cannot reach {target}: {net.port_error}",
-            f"{set_it}check that rank 0 runs, that this is its machine, and that no firewall stands between "
+            f"{facts.label} cannot reach {target}{known}: {net.port_error}",
+            f"{set_it}check that rank 0 runs, that this is the address of its machine (if not: /etc/hosts "
+            f"and DNS on {place.host}), and that no firewall stands between "
             f"(from {place.host}: nc -vz {net.master_addr} {net.master_port})",
         )
     elif place.rank == 0 and not net.master_local:

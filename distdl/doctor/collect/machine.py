@@ -25,12 +25,14 @@ def machine_here(env: Mapping[str, str]) -> Machine:
     tmp, cache = Path(env.get("TMPDIR") or "/tmp"), cache_folder(env)
     soft, hard = map(_bounded, resource.getrlimit(resource.RLIMIT_NOFILE))
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
     return Machine(
         cores=tuple(sorted(os.sched_getaffinity(0))),
         cpu_quota=_cpu_quota(),
         open_files=soft,
         open_files_hard=hard,
         processes=_bounded(resource.getrlimit(resource.RLIMIT_NPROC)[0]),
+        address_space=None if space == resource.RLIM_INFINITY else space,
         locked_memory=None if locked == resource.RLIM_INFINITY else locked,
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         memory_free=free_ram(),

@@ -124,7 +124,7 @@ def holder(port: int) -> str:
         with contextlib.suppress(OSError):
             if any(os.readlink(fd) in links for fd in (process / "fd").iterdir()):
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                return f"process {process.name} ({command.strip()[:80]})"
+                return f"process {process.name} ({' '.join(command.split())[:80]})"
     return "a process of another user"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +84,22 @@ def test_a_factory_gets_what_it_has_a_name_for() -> None:
     assert call_with_known(some, offered, {"width": 8, "num_outputs": 2}) == (2, 8)
     with pytest.raises(TypeError, match="depth"):
         call_with_known(some, offered, {"width": 8, "depth": 2})
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan"])
+def test_a_file_that_hides_a_module_of_python_is_named(command: str, tmp_path: Path) -> None:
+    """`python -m` imports from the current folder first, and fails in the middle of somebody else's code."""
+    (tmp_path / "random.py").write_text("print('drawing')\n")
+    words = [sys.executable, "-m", "distdl", command]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    said = f"{tmp_path / 'random.py'} hides Python's own module random"
+    assert said in (done.stdout if command == "doctor" else done.stderr)
+    assert "rename it" in done.stdout + done.stderr
+
+
+def test_a_file_of_that_name_that_is_in_nobody_s_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "antigravity.py").write_text("")
+    words = [sys.executable, "-m", "distdl", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -162,6 +162,18 @@ GOLDEN: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
             "master_port": 15000 + sum(b"prterun-7") * 7 % 16000,
         },
     ),
+    "mpirun in a job of Slurm, started by its daemon": (
+        {**SRUN, **MPIRUN},
+        {
+            "rank": 3,
+            "world_size": 4,
+            "local_rank": 3,
+            "local_world_size": 4,
+            "launcher": "mpirun",
+            "master_addr": "127.0.0.1",
+            "master_port": 15000 + sum(b"prterun-7") * 7 % 16000,
+        },
+    ),
     "mpirun on two nodes": (
         {
             **MPIRUN,
@@ -316,6 +328,28 @@ def test_torchrun_in_every_task_of_srun_is_refused() -> None:
         EnvironmentProblem, match="srun started torchrun 6 times, and each forms a world of 2 nodes"
     ):
         read({**SRUN, **TORCHRUN})
+
+
+def test_variables_left_over_from_a_smaller_try_are_refused() -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    with pytest.raises(EnvironmentProblem, match="srun started 6 tasks, and WORLD_SIZE=1 and RANK=0 are set"):
+        read({**SRUN, **alone})
+    assert read({**SRUN, **alone, "SLURM_STEP_NUM_TASKS": "1"}).world_size == 1
+    assert read({**SBATCH, **alone}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "gpu", "each"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1"}, 0, True),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, 1, False),  # one for the two processes of the node
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 1, True),
+        ({"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_TASK": "1"}, 1, False),
+    ],
+)
+def test_a_task_of_srun_may_see_its_own_gpu_alone(env: dict[str, str], gpu: int, each: bool) -> None:
+    found = read({**SRUN, **env})
+    assert (found.gpu, found.a_gpu_each) == (gpu, each)
 
 
 def test_deepspeed_says_how_many_are_on_a_node() -> None:

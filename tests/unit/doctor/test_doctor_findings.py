@@ -35,6 +35,7 @@ def said(facts: list[Facts]) -> list[tuple[str, str]]:
         ("engine", "fail", 1, {"wanted": ZERO}),
         ("recipe", "fail", 1, {"wanted": WANTED.model_copy(update={"plan_error": "too many processes"})}),
         ("limits", "fail", 1, {"machine": {"open_files": 32}}),
+        ("limits", "fail", 1, {"machine": {"address_space": 1_500_000 << 10}}),
         ("limits", "warn", 1, {"machine": {"open_files": 64}}),
         ("CPU cores", "warn", 1, {"machine": {"cpu_quota": 1.0}}),
         ("memory", "fail", 1, {"machine": {"memory_free": 500 << 20}}),
