@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from distdl.cli.arguments import EngineName, NodesAsked, Overrides, load, overrides_of
+from distdl.cli.arguments import EngineName, NodesAsked, Overrides, Procs, load, overrides_of
 from distdl.cli.slurm import doctor_on_slurm
 from distdl.errors import PlanError
 from distdl.launch.place import Nodes
@@ -29,9 +29,10 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     on: Annotated[
         Literal["here", "slurm"],
-        typer.Option(help="slurm: examine the nodes that the recipe asks Slurm for, one process on each."),
+        typer.Option(help="slurm: examine the nodes that the recipe asks Slurm for, all processes on each."),
     ] = "here",
     nodes: NodesAsked = None,
+    procs: Procs = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --on slurm: print the command, and stop.")
     ] = False,
@@ -49,7 +50,7 @@ def doctor_command(
         if config is None or fix:
             raise PlanError("doctor --on slurm needs a recipe, which says what to ask for, and mends nothing")
         given, many = overrides_of(overrides, engine), Nodes.parse(nodes) if nodes else None
-        return doctor_on_slurm(config, given, many, wait_s=wait, as_json=as_json, dry_run=dry_run)
+        return doctor_on_slurm(config, given, many, procs, wait_s=wait, as_json=as_json, dry_run=dry_run)
     asked = Asked(config, load(config, overrides or [], engine)) if config else None
     report = examine(asked, os.environ, wait_s=wait, fix=fix)
     show(report, as_json=as_json)

@@ -48,8 +48,7 @@ def launch_on_slurm(
     recipe, profile = load_with_profile(config, overrides, os.environ)
     slurm = recipe.launch.slurm
     nodes = asked or Nodes.of(recipe)
-    if procs is None:
-        procs = recipe.launch.procs if recipe.launch.procs != "auto" else slurm.gpus or 1
+    procs = procs or _procs(recipe)
     job = Job.of(recipe, config, overrides, nodes, procs, sys.executable, allow_changed=allow_changed)
     _check_plan(recipe, Topology.of(nodes.most, procs, cpus=slurm.cpus, gpus=slurm.gpus or 0))
     if dry_run:
@@ -65,10 +64,17 @@ def launch_on_slurm(
     return errors.DONE
 
 
+def _procs(recipe: Recipe) -> int:
+    """Processes on each node: one a GPU, where the recipe does not say."""
+    asked = recipe.launch.procs
+    return asked if asked != "auto" else recipe.launch.slurm.gpus or 1
+
+
 def doctor_on_slurm(
     config: str,
     overrides: list[str],
     asked: Nodes | None,
+    procs: int | None,
     *,
     wait_s: float,
     as_json: bool,
@@ -80,7 +86,7 @@ def doctor_on_slurm(
     """
     recipe, _ = load_with_profile(config, overrides, os.environ)
     nodes = asked or Nodes.of(recipe)
-    job = Job.of(recipe, config, overrides, nodes, 1, sys.executable)
+    job = Job.of(recipe, config, overrides, nodes, procs or _procs(recipe), sys.executable)
     command = doctor_command(job, wait_s, as_json=as_json)
     if dry_run:
         _print([shlex.join(command)])

@@ -128,34 +128,41 @@ def meet(topology: Topology, device: str, timeout_s: float) -> World:
     return join(topology.rank, topology.world_size, device, timeout_s, store)
 
 
+class Unmet(EnvironmentProblem):
+    """A rank that could not meet the others. It alone knows, so it tells this itself."""
+
+
 def rendezvous(topology: Topology, timeout_s: float) -> Store:
     """The store where the ranks of `topology` meet, as in `meet`. Rank 0 opens it at once; the others block
-    until they reach it. Raises EnvironmentProblem on rank 0 where it cannot open it.
+    until they reach it. Raises Unmet.
     """
     host, port = str(topology.master_addr), int(topology.master_port or 0)
-    limit = timedelta(seconds=timeout_s)
-    if topology.agent_store:
-        store = TCPStore(host, port, is_master=False, timeout=limit)
-    else:
-        hosting = topology.rank == 0
-        try:
-            listener = _listen(host, port) if hosting and topology.nodes == 1 else None
-            store = TCPStore(
-                host,
-                port,
-                is_master=hosting,
-                timeout=limit,
-                wait_for_workers=False,
-                master_listen_fd=listener,
-            )
-        except (OSError, RuntimeError) as error:  # torch's DistNetworkError is a RuntimeError
-            if not hosting:
-                raise
-            raise EnvironmentProblem(
-                f"rank 0 cannot open the place where all meet, {host}:{port}: {str(error).splitlines()[0]}. "
-                "MASTER_ADDR has to be this machine, and MASTER_PORT a port that nobody listens on; "
-                "`distdl doctor`, started like this run, names who does"
+    hosting = topology.rank == 0 and not topology.agent_store
+    try:
+        listener = _listen(host, port) if hosting and topology.nodes == 1 else None
+        store = TCPStore(
+            host,
+            port,
+            is_master=hosting,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener,
+        )
+    except (OSError, RuntimeError) as error:  # torch's DistNetworkError is a RuntimeError
+        if topology.agent_store:  # the agent that started this process is gone, and this process goes with it
+            raise
+        why = str(error).splitlines()[0]
+        if hosting:
+            raise Unmet(
+                f"rank 0 cannot open the place where all meet, {host}:{port}: {why}. MASTER_ADDR has to be "
+                "this machine, and MASTER_PORT a port that nobody listens on; `distdl doctor`, started like "
+                "this run, names who does"
             ) from error
+        raise Unmet(
+            f"[rank {topology.rank} on {socket.gethostname()}] cannot reach the place where all meet, "
+            f"{host}:{port}: {why}. See that rank 0 runs, that this is its machine, and that no firewall "
+            "stands between; `distdl doctor`, started like this run, looks at all of it"
+        ) from error
     # An agent keeps its store over restarts: without a prefix, gloo would dial the workers that died.
     return PrefixStore(f"distdl/attempt-{topology.attempt}", store)
 

@@ -17,7 +17,7 @@ from distdl import errors
 from distdl.checkpoint.folders import name_of, shown
 from distdl.checkpoint.store import store_at
 from distdl.comm import PeerFailed, together
-from distdl.comm.world import leave
+from distdl.comm.world import Unmet, leave
 from distdl.data.description import access_of
 from distdl.errors import DistdlError, Stopped
 from distdl.observe.failure import is_consequence, report_failure
@@ -74,8 +74,9 @@ def code_of(error: Exception, recipe: Recipe, topology: Topology, stop: StopFlag
         if topology.rank == 0:
             directory.event("stop", rank=0, signal=stop.signal, saved=code == errors.STOPPED)
         return code
-    if topology.rank == 0:
+    if topology.rank == 0 or isinstance(error, Unmet):
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    if topology.rank == 0:
         with contextlib.suppress(OSError):
             if directory.path.is_dir() and error.exit_code != errors.ENVIRONMENT:
                 directory.event("error", rank=0, exit_code=error.exit_code, message=str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import select
 import subprocess
 import sys
@@ -106,25 +107,41 @@ def test_a_requeued_job_goes_on(cluster: TestCluster, tmp_path: Path, undisturbe
     wait_for_event(run, "job_start", 2)
     check_finished(cluster, run, undisturbed, 90)
     assert restarts(run) == [0, 1]
+    assert_no_step_lost_at_a_stop(run)
     assert "restarts 1, step 300, saved 300" in cluster.distdl("slurm", "status", str(run))
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_run_that_meets_its_time_limit_again_and_again_finishes(
     cluster: TestCluster, tmp_path: Path
 ) -> None:
     """A minute is the shortest limit there is, and Slurm warns up to half a minute early."""
-    calm = recipe_of(tmp_path / "calm", 6000)
-    run = cluster.submit(recipe_of(tmp_path, 6000), "launch.slurm.time='00:01:00'", "launch.slurm.warn_s=25")
-    wait_until(lambda: events(run, "done"), 500, "the run is done")
+    calm = recipe_of(tmp_path / "calm", STEPS)
+    run = cluster.submit(recipe_of(tmp_path, STEPS), "launch.slurm.time='00:01:00'", "launch.slurm.warn_s=25")
+    wait_until(lambda: events(run, "done"), 800, "the run is done")
     train_here(calm, 1)
     check_finished(cluster, run, tensors_of(calm.parent / "run"), 60)
     again = restarts(run)
     assert again == list(range(len(again)))
-    assert len(again) > 2
-    for stop, start in zip(events(run, "stop"), events(run, "start")[1:], strict=True):
-        assert start["resumed_from"] == f"step-{stop['step']:08d}"  # no step is lost
+    assert len(again) > 3
+    assert_no_step_lost_at_a_stop(run)
+
+
+STEPS = 10_000
+"""So many that three limits of a minute, less the warning and the start, are not enough for them."""
+
+
+def assert_no_step_lost_at_a_stop(run: Path) -> None:
+    """What was stopped was saved at that step, and each start goes on from the newest save before it."""
+    saved = 0
+    for event in read_lines(run / "events.jsonl"):
+        if event["event"] == "stop" and "step" in event:
+            assert event["saved"] == event["step"], event
+        if event["event"] in ("save", "stop"):
+            saved = max(saved, event.get("step", 0))
+        if event["event"] == "start":
+            assert event["resumed_from"] == (f"step-{saved:08d}" if saved else None), event
 
 
 @pytest.mark.campaign
@@ -140,8 +157,7 @@ def test_a_preempted_job_gives_way_and_goes_on(
     wait_for_event(run, "job_start", 2)
     check_finished(cluster, run, undisturbed, 90)
     assert restarts(run) == [0, 1]
-    stop, second = events(run, "stop")[-1], events(run, "start")[-1]
-    assert second["resumed_from"] == f"step-{stop['saved']:08d}"
+    assert_no_step_lost_at_a_stop(run)
 
 
 @pytest.mark.campaign
@@ -167,9 +183,11 @@ def test_a_job_of_a_range_of_nodes_goes_on_with_what_is_left(
     run = cluster.submit(recipe_of(tmp_path, 3000), nodes="1:2")
     wait_for_event(run, "save")
     cluster.control("off", "node2")
-    began = time.monotonic()
-    wait_for_event(run, "first_step", 2, timeout_s=90)
-    print(f"\nfrom the power cut to the next step: {time.monotonic() - began:.0f} s")
+    began = time.time()
+    first = wait_for_event(run, "first_step", 2, timeout_s=90)["time"]
+    wait_until(lambda: "down" in cluster.say("sinfo", "-hn", "node2", "-o%t")[1], 90, "Slurm notices")
+    print(f"\nfrom the power cut to the next step: {first - began:.0f} s")
+    assert first - time.time() < 60
     try:
         train_here(calm, 1)
         check_finished(cluster, run, tensors_of(calm.parent / "run"), 240)
@@ -220,6 +238,8 @@ def test_a_link_cut_for_five_seconds_costs_five_seconds(
     check_finished(cluster, run, undisturbed, 90)
     assert restarts(run) == [0]
     assert len(events(run, "start")) == 1
+    times = [event["time"] for event in events(run, "save")]
+    assert max(b - a for a, b in itertools.pairwise(times)) > 4, "the cut has met no training"
 
 
 @pytest.mark.campaign

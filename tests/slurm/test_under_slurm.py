@@ -57,12 +57,14 @@ def test_submitted(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
 
 
 def test_the_doctor_examines_the_nodes_of_a_run(cluster: TestCluster, tmp_path: Path) -> None:
-    words = ["doctor", str(small(tmp_path)), "--on", "slurm", "--nodes", "2", "launch.slurm.cpus=2", "--json"]
+    words = ["doctor", str(small(tmp_path)), "--on", "slurm", "--nodes", "2", "--procs", "2"]
+    words += ["launch.slurm.cpus=2", "batch.global=32", "--json"]
     code, said = cluster.say(PYTHON, "-m", "distdl", *words)
     found = json.loads(said[said.index("{") :])
     assert code == 0, said
     processes = next(f["found"] for f in found["findings"] if f["check"] == "processes")
-    assert processes.startswith("2 on 2 node(s)"), processes
+    assert processes.startswith("4 on 2 node(s)"), processes
+    assert not [f for f in found["findings"] if f["status"] in ("warn", "fail")], said
     code, said = cluster.say(PYTHON, "-m", "distdl", *words[:-1], "data.name=", "data.path=/nowhere")
     assert code == 3, said
     assert "/nowhere" in said

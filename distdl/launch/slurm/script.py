@@ -123,13 +123,17 @@ def _asked(slurm: Slurm) -> dict[str, str | int | None]:
 
 
 def doctor_command(job: Job, wait_s: float, *, as_json: bool) -> list[str]:
-    """The srun command that examines the nodes a run would get: one task on each, for ten minutes at most.
+    """The srun command that examines the nodes a run would get: a task for each process, which share the CPUs
+    of their node, for ten minutes at most.
 
     No shell but the nodes' own reads it, and there every value is a word.
     """
     slurm = job.slurm
-    options = {"job-name": "distdl-doctor", "nodes": job.nodes.most, "ntasks-per-node": 1, "time": "00:10:00"}
+    options = {"job-name": "distdl-doctor", "nodes": job.nodes.most, "ntasks-per-node": job.procs}
+    options |= {"time": "00:10:00"}
     options |= {name: value for name, value in _asked(slurm).items() if value is not None}
+    if slurm.cpus is not None:  # of a node; Slurm counts them for a task
+        options["cpus-per-task"] = max(1, slurm.cpus // job.procs)
     python = slurm.python or "python3" if slurm.container else job.python
     words = [python, "-m", "distdl", "doctor", "--wait", str(wait_s), *(["--json"] if as_json else [])]
     return [
