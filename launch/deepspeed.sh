@@ -17,6 +17,5 @@ config=${1:-configs/fashion_cnn.yaml}
 procs=${2:-2}
 shift $(($# < 2 ? $# : 2))
 
-# --no_local_rank: distdl reads LOCAL_RANK, and takes no such option.
 export PATH="$root/.venv/bin:$PATH"
-exec deepspeed --num_gpus "$procs" --module --no_local_rank distdl train "$config" "$@"
+exec deepspeed --num_gpus "$procs" --module distdl train "$config" "$@"
