@@ -23,8 +23,9 @@ procs=${4:-2}
 shift $(($# < 4 ? $# : 4))
 
 # Machines with several networks: name the one between them, e.g. GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME=eth1.
-# The id keeps two runs apart that meet at one address; it has to be the same on all machines.
+# The id keeps two runs apart that meet at one address; it has to be the same on all machines, and torchrun makes a
+# folder of that name.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec .venv/bin/torchrun --nnodes "$nodes" --nproc-per-node "$procs" \
-  --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "distdl-$config" \
+  --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "distdl-${config//[^A-Za-z0-9._-]/-}" \
   -m distdl train "$config" "$@"
