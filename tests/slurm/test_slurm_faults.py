@@ -203,6 +203,30 @@ def test_a_job_of_a_range_of_nodes_goes_on_with_what_is_left(
 
 @pytest.mark.campaign
 @pytest.mark.timeout(600)
+def test_a_job_of_a_range_that_loses_its_first_node_starts_again_with_the_other(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
+    """The job's own program is there, so Slurm starts the job again; it begins with the node that is left."""
+    calm = recipe_of(tmp_path / "calm", 3000)
+    run = cluster.submit(recipe_of(tmp_path, 3000), nodes="1:2")
+    wait_for_event(run, "save")
+    cluster.control("off", "node1")
+    try:
+        wait_until(lambda: "down" in cluster.say("sinfo", "-hn", "node1", "-o%t")[1], 90, "Slurm notices")
+        noticed = time.time()
+        again = wait_for_event(run, "first_step", 2, timeout_s=150)["time"]
+        print(f"\nfrom Slurm's notice to the next step: {again - noticed:.0f} s")
+        train_here(calm, 1)
+        check_finished(cluster, run, tensors_of(calm.parent / "run"), 240)
+        assert restarts(run) == [0, 1]
+        assert [e["world_size"] for e in events(run, "start")] == [2, 1]
+        assert_no_step_lost_at_a_stop(run)
+    finally:
+        cluster.control("boot", "node1")
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
 def test_of_an_array_of_seeds_only_the_tasks_that_were_preempted_restart(
     cluster: TestCluster, tmp_path: Path
 ) -> None:
