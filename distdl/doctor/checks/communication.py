@@ -67,7 +67,7 @@ def all_reduce(job: Job) -> Iterator[Finding]:
     least = LINK_SHARE * link if link else STREAM_SHARE * (measured.stream or 0)
     if best < least:
         yield warn(
-            f"slow: {told}",
+            f"the link between the processes is slow: {told}",
             "check that the fast interface is used (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_IB_HCA), "
             "that nothing else uses it, and its cable and switch (ethtool IFACE)",
         )
