@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from distdl.plan import Plan
 from distdl.recipe import Recipe
 from distdl.topology import Topology
 
@@ -65,6 +66,17 @@ def described(chosen: Sequence[Cpus | None], allowed: Cpus) -> str:
         return f"placement: {many} on this machine, CPUs {ranges(allowed)}, bound to none of them"
     each = "; ".join(f"{rank}: {ranges(cpus or allowed)}" for rank, cpus in enumerate(chosen))
     return f"placement: {many} on this machine, each on the CPUs of a NUMA node: {each}"
+
+
+def devices(plan: Plan, topology: Topology, visible: str | None) -> str:
+    """The rest of that line: threads, and which GPUs. `visible`: CUDA_VISIBLE_DEVICES."""
+    threads = f"{plan.threads} thread{'s' * (plan.threads != 1)} each"
+    if plan.device != "cuda":
+        return f"{threads}, no GPU"
+    named = f" of CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+    if topology.own_gpu:
+        return f"{threads}, each with the one GPU it sees"
+    return f"{threads}, GPUs {ranges(frozenset(range(topology.local_world_size)))}{named}"
 
 
 def numa_nodes(root: Path = _NODES) -> list[Cpus]:

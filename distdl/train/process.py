@@ -28,7 +28,7 @@ from distdl.testing import faults
 from distdl.topology import Topology
 from distdl.train.loop import fit
 from distdl.train.notices import Notices
-from distdl.train.placement import bind
+from distdl.train.placement import bind, devices
 from distdl.train.resume import Resumed
 from distdl.train.saving import settle_after
 from distdl.train.session import Session
@@ -116,7 +116,7 @@ def open_here(
         opening, allow_changed=options.allow_changed, terminal=options.terminal, quiet=not world.is_main
     )
     session.lock = held and held[1]
-    session.console.say(placement)
+    session.console.say(f"{placement}; {devices(plan, topology, os.environ.get('CUDA_VISIBLE_DEVICES'))}")
     faults.point("start.loaded")
     return session, resumed
 

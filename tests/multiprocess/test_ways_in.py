@@ -6,6 +6,7 @@ Those under Slurm are in tests/slurm/test_under_slurm.py.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -30,6 +31,10 @@ ACCELERATE = [PYTHON, "-m", "accelerate.commands.launch", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
 TRAIN = ["-m", "distdl", "train"]
+
+
+PLANS: dict[int, dict[str, Any]] = {}
+"""World size -> the plan of the first run of that size, the number of machines left out."""
 
 
 def small(folder: Path) -> Path:
@@ -57,6 +62,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def check(run: Path, alone: Any, world: int, said: str) -> None:
     events = read_lines(run / "events.jsonl")
     assert [e["world_size"] for e in events if e["event"] == "start"] == [world], said
+    plan = json.loads((run / "attempts" / "0001" / "plan.json").read_text())
+    assert (plan["world_size"], plan["shares"]) == (world, [2 // world] * world)
+    assert PLANS.setdefault(world, plan | {"nodes": 1}) == plan | {"nodes": 1}  # of every way, the same
     assert events[-1]["event"] in ("done", "job_end"), said
     assert_same_bits(tensors_of(run), alone)
 

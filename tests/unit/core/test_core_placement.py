@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distdl.plan import make_plan
 from distdl.recipe import parse_recipe
 from distdl.topology import Topology
 from distdl.train import placement
-from distdl.train.placement import described, gpu_nodes, numa_nodes, parse_ranges, placements, ranges
+from distdl.train.placement import described, devices, gpu_nodes, numa_nodes, parse_ranges, placements, ranges
+from tests.unit.core.core_support import images, recipe_with
 
 TWO = [frozenset(range(8)), frozenset(range(8, 16))]
 ALL = TWO[0] | TWO[1]
@@ -100,3 +102,20 @@ def test_a_process_is_really_bound() -> None:
         ):
             said, found = pool.apply(_bound, (rank, affinity))
             assert found == cpus, said
+
+
+@pytest.mark.parametrize(
+    ("device", "topology", "visible", "said"),
+    [
+        ("cpu", Topology(local_world_size=2), None, "2 threads each, no GPU"),
+        ("cuda", Topology(local_world_size=3, world_size=3, gpus=3), None, "2 threads each, GPUs 0-2"),
+        (
+            "cuda", Topology(local_world_size=2, world_size=2, gpus=2), "4,6",
+            "2 threads each, GPUs 0-1 of CUDA_VISIBLE_DEVICES=4,6",
+        ),
+        ("cuda", Topology(gpus=1, own_gpu=True), "0", "2 threads each, each with the one GPU it sees"),
+    ],
+)  # fmt: skip
+def test_threads_and_gpus_in_words(device: str, topology: Topology, visible: str | None, said: str) -> None:
+    recipe = recipe_with(hardware={"threads": 2, "device": device})
+    assert devices(make_plan(recipe, topology, images()), topology, visible) == said
