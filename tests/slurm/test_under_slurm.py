@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,30 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 TWO = ["srun", "--nodes=2", "--ntasks-per-node=1"]
 SRUN: dict[str, list[str]] = {
     "srun train": [*TWO, PYTHON, *TRAIN],
-    "srun train, one node": ["srun", "--nodes=1", "--ntasks=2", PYTHON, *TRAIN],  # in the long run
+    "srun train, one node": ["srun", "--nodes=1", "--ntasks=2", PYTHON, *TRAIN],
     "srun distdl launch": [*TWO, PYTHON, "-m", "distdl", "launch", "--nodes=2", "--procs=1"],
     "srun torchrun": [
         *TWO, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1",
         "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29511", *TRAIN,
     ],
+    "srun torchrun, static": [
+        *TWO, "bash", "-c", 'exec "$1" "${@:2:2}" --node-rank="$SLURM_NODEID" "${@:4}"', "bash", *TORCHRUN,
+        "--nnodes=2", "--nproc-per-node=1", "--master-addr=node1", "--master-port=29512", *TRAIN,
+    ],
+    "mpirun in a job": [
+        "salloc", "--nodes=2", "--ntasks-per-node=1", "mpirun", "--allow-run-as-root", "-n", "2",
+        "--map-by", "node", "-x", "MASTER_ADDR=node1", "-x", "MASTER_PORT=29513", PYTHON, *TRAIN,
+    ],
 }  # fmt: skip
+LONG_RUN = ("srun train, one node", "srun torchrun, static", "mpirun in a job")
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=pytest.mark.campaign) if "one node" in w else w for w in SRUN]
+    "way", [pytest.param(w, marks=pytest.mark.campaign) if w in LONG_RUN else w for w in SRUN]
 )
 def test_under_srun(way: str, cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
+    if way == "mpirun in a job" and shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed")
     code, said = cluster.say(*SRUN[way], str(small(tmp_path)))
     assert code == 0, said
     check(tmp_path / "run", alone, 2, said)
