@@ -9,6 +9,7 @@ passes that on, waits for the run to save, and has Slurm start the job again, un
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from types import FrameType
 
 from distdl import errors
 from distdl.errors import DistdlError
-from distdl.launch.slurm.requeue import Verdict, idle_attempts, judge, start_again
+from distdl.launch.slurm.requeue import JOB, Verdict, idle_attempts, judge, start_again
 from distdl.launch.slurm.script import FOLDER
 from distdl.record import RunDirectory, read_lines
 
@@ -67,9 +68,11 @@ class Step:
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGUSR1)  # srun hands it to every task; TERM would end srun
 
-    def run(self, command: Sequence[str]) -> int:
-        """Blocks until the step ends; the largest exit code of its tasks, 128 + N for a signal N."""
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    def run(self, command: Sequence[str], more: Mapping[str, str]) -> int:
+        """Blocks until the step ends; the largest exit code of its tasks, 128 + N for a signal N. `more`: for
+        its environment.
+        """
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **more})
         if self.asked:
             self._pass_on()
         code = self._process.wait()
@@ -106,7 +109,11 @@ def main(arguments: Sequence[str]) -> int:
     _say(f"job {attempt.name}, restart {attempt.restarts}: {run}")
     if idle >= given.idle_attempts:  # Slurm itself has started it again, after a node was lost say
         return _end(directory, attempt, Verdict.IDLE, errors.RANK_FAILED, idle, script)
-    code = step.run(step_command(attempt, [*given.command, *overrides], elastic=given.elastic))
+    job = {"name": attempt.name, "restarts": attempt.restarts, "script": str(script)}
+    code = step.run(
+        step_command(attempt, [*given.command, *overrides], elastic=given.elastic),
+        {JOB: json.dumps(job)} if given.elastic else {},
+    )
     idle = idle_attempts(read_lines(directory.events))
     verdict = judge(code, step.asked, idle, given.idle_attempts)
     return _end(directory, attempt, verdict, code, idle, script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distdl import errors
+from distdl.errors import EnvironmentProblem
 from distdl.launch.slurm.client import ask
 
 
@@ -74,6 +76,25 @@ def start_again(name: str, restarts: int, script: Path) -> tuple[str, str | None
     said = ask(["sbatch", "--parsable", dependency, *_task_of(name), str(script)])
     job = said.strip().partition(";")[0]
     return f"goes on as job {job}", job
+
+
+JOB = "DISTDL_SLURM_JOB"
+"""Environment variable by which the program of a job of a range of nodes tells its agents whose job it is."""
+
+
+def start_again_from_here(env: Mapping[str, str]) -> str | None:
+    """On a node that is left of a job of a range, after its first node is lost, and with it the program that
+    would have the job started again: do that. Slurm itself leaves such a job with the other nodes, idle.
+
+    Returns what was done, in words; None where this is no such job.
+    """
+    if JOB not in env:
+        return None
+    job = json.loads(env[JOB])
+    try:
+        return start_again(job["name"], job["restarts"], Path(job["script"]))[0]
+    except EnvironmentProblem as problem:  # another node was faster
+        return str(problem)
 
 
 def _task_of(name: str) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from distdl.errors import EnvironmentProblem
 from distdl.launch.slurm.job import Attempt, run_of_task, step_command
-from distdl.launch.slurm.requeue import Verdict, idle_attempts, judge, state_of
+from distdl.launch.slurm.requeue import Verdict, idle_attempts, judge, start_again_from_here, state_of
 from distdl.launch.slurm.submit import job_of
 from distdl.record import read_lines
 
@@ -103,6 +103,9 @@ def warned(*_):
 signal.signal(signal.SIGUSR1, warned)
 with open(os.environ["NOTES"], "a") as notes:
     notes.write(json.dumps(["srun", *sys.argv[1:]]) + "\\n")
+if "DISTDL_SLURM_JOB" in os.environ:
+    with open(os.environ["NOTES"] + ".job", "w") as file:
+        file.write(os.environ["DISTDL_SLURM_JOB"])
 if "CODE" in os.environ:
     sys.exit(int(os.environ["CODE"]))
 open(os.environ["NOTES"] + ".ready", "w").close()
@@ -186,6 +189,21 @@ def test_a_warning_is_passed_on_and_the_job_starts_again(program: Program) -> No
     assert "exit code 75; started again" in said
     assert program.asked("srun")[0][-3:] == ["train", "a b", "$(id)"]
     assert [e["event"] for e in read_lines(program.run / "events.jsonl")] == ["job_start", "job_end"]
+
+
+def test_the_agents_of_a_job_of_a_range_can_start_it_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first node, and so its program, may be lost: then another does what that would have done."""
+    program.finish(program.start("--elastic", CODE="0"))
+    told = program.notes.with_name("notes.job").read_text()
+    monkeypatch.setenv("PATH", program.path)
+    monkeypatch.setenv("NOTES", str(program.notes))
+    assert start_again_from_here({}) is None
+    assert start_again_from_here({"DISTDL_SLURM_JOB": told}) == "started again"
+    assert program.asked("scontrol")[-1] == REQUEUE
+    monkeypatch.setenv("RESTARTS", "1")
+    assert start_again_from_here({"DISTDL_SLURM_JOB": told}) == "Slurm itself starts it again"
 
 
 @pytest.mark.parametrize(
