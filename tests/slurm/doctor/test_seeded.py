@@ -435,6 +435,8 @@ def findings_of(said: str) -> list[Finding]:
     found: list[Finding] = []
     inside = False
     for line in said.lower().splitlines():
+        if line.startswith("srun: "):  # it says so of a task that has ended, in the middle of its last lines
+            continue
         text = _LABEL.sub("", line, count=1) if line.startswith("[") else line
         level = _LEVEL.match(text)
         if level:
