@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 EXIT_CODE = 3  # errors.ENVIRONMENT, which may not import either
 
@@ -24,9 +25,10 @@ def main() -> None:
 
         run()
     except (ImportError, AttributeError):
-        found = in_the_way(os.getcwd())
+        found = in_the_way(os.path.abspath(sys.path[0]))
         if found is None:
             raise
+        traceback.print_exc()  # there may be another cause
         todo = "rename it, or start in another folder"
         if sys.argv[1:2] == ["doctor"]:
             print(f"{'fail':<8}{'Python':<20}{found}\n{'':<28}do: {todo}")  # noqa: T201

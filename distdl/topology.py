@@ -260,7 +260,9 @@ def _check_torchrun_in_slurm(env: Mapping[str, str]) -> None:
 
 def _check_left_over_in_slurm(env: Mapping[str, str]) -> None:
     """Variables of an earlier try, which srun hands to all tasks: each would think its run smaller."""
-    if not _in_slurm_step(env) or {"TORCHELASTIC_RUN_ID", "DISTDL_LAUNCHER_PID"} & env.keys():
+    # torch's agents, ours, DeepSpeed's launcher, and Accelerate's set these for the processes they start.
+    others = {"TORCHELASTIC_RUN_ID", "DISTDL_LAUNCHER_PID", "LOCAL_SIZE", "CROSS_SIZE"} & env.keys()
+    if not _in_slurm_step(env) or others or any(name.startswith("ACCELERATE_") for name in env):
         return
     tasks, world = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "WORLD_SIZE")
     if world < tasks:

@@ -21,9 +21,9 @@ from distdl.launch.place import Nodes
 from distdl.launch.slurm.client import ask
 from distdl.launch.slurm.profile import load_with_profile
 from distdl.launch.slurm.script import Job, doctor_command, sbatch_text
-from distdl.launch.slurm.submit import ask_when, job_of, logs_of, queued, submit, tasks_of
+from distdl.launch.slurm.submit import ask_when, events_of, job_of, logs_of, queued, submit, tasks_of
 from distdl.recipe import Recipe
-from distdl.record import Heartbeat, RunDirectory, read_lines
+from distdl.record import Heartbeat, RunDirectory
 from distdl.topology import Topology
 
 slurm_app = typer.Typer(
@@ -136,7 +136,7 @@ def status_command(run: Run, as_json: AsJson = False) -> int:
 
 def _progress(run: Path) -> dict[str, Any]:
     """What the run directory tells: attempts after the first, the step, the last save and event."""
-    events = read_lines(run / "events.jsonl")
+    events = events_of(run)
     anew = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
     starts = sum(e["event"] == "job_start" for e in events[anew:])
     return {

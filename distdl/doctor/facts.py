@@ -19,6 +19,7 @@ class Model(BaseModel):
 
 class Place(Model):
     """Where the process stands among the others. `node`: the same for all that share a network and a kernel.
+    `own_gpu`: it sees one GPU, which is its alone.
 
     `error`: why the launcher's variables make no sense; the other fields are those of a single process then.
     """
@@ -30,6 +31,7 @@ class Place(Model):
     launcher: str = "none"
     host: str = "node0"
     node: str = "node0"
+    own_gpu: bool = False
     user: int = 0
     error: str | None = None
 

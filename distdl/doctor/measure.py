@@ -34,12 +34,14 @@ def large_messages(meeting: Meeting, rank: int, label: str, address: str) -> dic
     with contextlib.ExitStack() as stack:
         port = 0
         if meeting.main:
-            server = stack.enter_context(_Echo(("", 0), _EchoOne))
+            kind = type("_Echo", (_Echo,), {"address_family": socket.AF_INET6}) if ":" in address else _Echo
+            server = stack.enter_context(kind(("", 0), _EchoOne))
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             stack.callback(server.shutdown)
             port = server.server_address[1]
         port = meeting.share("large-port", port)
-        stuck = not meeting.main and _is_stuck(address, port)
+        # Twice: a link that is merely busy lets the second through.
+        stuck = not meeting.main and _is_stuck(address, port) and _is_stuck(address, port)
         told = meeting.gather("large", [rank, label] if stuck else None)
     if not meeting.main:
         return {0: "rank 0"} if stuck else {}
@@ -58,8 +60,8 @@ class _EchoOne(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with contextlib.suppress(OSError):
             self.request.settimeout(PATIENCE_S)
-            _receive_all(self.request, LARGE_BYTES)
-            self.request.sendall(bytes(LARGE_BYTES))
+            if _receive_all(self.request, LARGE_BYTES) == LARGE_BYTES:
+                self.request.sendall(bytes(LARGE_BYTES))
 
 
 def _is_stuck(address: str, port: int) -> bool:
@@ -126,27 +128,23 @@ def _receive(listener: socket.socket) -> tuple[float | None, str | None]:
         return None, f"nothing came within {PATIENCE_S:.0f} s: {error.strerror or error}"
 
 
-def all_reduce(
-    store: Store, rank: int, world_size: int, local_rank: int, *, cuda: bool, wait_s: float
-) -> Measured:
+def all_reduce(store: Store, rank: int, world_size: int, gpu: int, *, cuda: bool, wait_s: float) -> Measured:
     """Join the group that a run would form, and sum tensors in it. Collective; an error becomes a value."""
     backend = "nccl" if cuda else "gloo"
     try:
-        return Measured(backend=backend, all_reduce=_timed(store, rank, world_size, local_rank, cuda, wait_s))
+        return Measured(backend=backend, all_reduce=_timed(store, rank, world_size, gpu, cuda, wait_s))
     except RuntimeError as error:  # torch's own errors are of this kind
         return Measured(backend=backend, all_reduce_error=str(error).partition("\n")[0])
 
 
-def _timed(
-    store: Store, rank: int, world_size: int, local_rank: int, cuda: bool, wait_s: float
-) -> dict[int, float]:
+def _timed(store: Store, rank: int, world_size: int, gpu: int, cuda: bool, wait_s: float) -> dict[int, float]:
     """Bytes -> seconds of one all-reduce, that of the slowest process."""
     import torch
     import torch.distributed as dist
 
     from distdl.comm.world import join, leave
 
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     join(rank, world_size, device.type, wait_s, store)

@@ -113,7 +113,8 @@ def examine_together(
     main = topology.rank == 0
     try:
         meeting = Meeting(store, main=main, world_size=topology.world_size, wait_s=wait_s)
-        if stuck := large_messages(meeting, mine.place.rank, mine.label, _address(mine)):
+        several = topology.nodes > 1  # on one machine nothing listens for it
+        if several and (stuck := large_messages(meeting, mine.place.rank, mine.label, _address(mine))):
             mine = mine.model_copy(update={"network": mine.network.model_copy(update={"stuck": stuck})})
             if not main:
                 return report([mine], "large messages do not get through to rank 0")
@@ -168,9 +169,7 @@ def _measure(
     far = _farthest(meeting.number, facts) if meeting.main else 0
     peer, cuda = meeting.share("peer", [far, cuda])
     line = stream(meeting, peer, _address(mine))
-    summed = all_reduce(
-        store, topology.rank, topology.world_size, topology.local_rank, cuda=cuda, wait_s=wait_s
-    )
+    summed = all_reduce(store, topology.rank, topology.world_size, topology.gpu, cuda=cuda, wait_s=wait_s)
     told = {n: Measured.model_validate(v) for n, v in meeting.gather("sum", summed.model_dump()).items()}
     if meeting.main:
         extra = {"stream": line.stream, "stream_error": line.stream_error, "peer": facts[peer].label}
@@ -185,7 +184,8 @@ def _address(mine: Facts) -> str:
 
 def _has_gpu(facts: Facts) -> bool:
     on_cpu = facts.wanted is not None and facts.wanted.device == "cpu"
-    return not on_cpu and facts.software.torch.devices >= facts.place.local_world_size
+    devices = facts.software.torch.devices
+    return not on_cpu and (devices >= facts.place.local_world_size or (facts.place.own_gpu and devices > 0))
 
 
 def _farthest(main: int, facts: dict[int, Facts]) -> int:

@@ -163,6 +163,7 @@ class RunAgent(LocalElasticAgent):
             worker_group.spec.args = (self._order(self.attempt),)
             started: dict[int, Any] = super()._start_workers(worker_group)
             self.install_handlers()  # the parent class may have installed others
+            self._peers.say_started()
         if self.stop_signal is not None:
             self._pass_on(self.stop_signal)
         return started

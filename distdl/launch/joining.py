@@ -44,20 +44,6 @@ def find_ground(place: Place, say: Callable[[str], None]) -> Ground:
     return Ground(place, tuple(addresses), interface_towards(at, addresses[0]), listener)
 
 
-def is_gone(ground: Ground, wait_s: float = 10.0) -> bool:
-    """Whether node 0's machine answers nothing any more. Where its launcher alone has ended, it refuses."""
-    at = ground.place.rendezvous
-    if at is None:
-        return False
-    try:
-        socket.create_connection((ground.addresses[0], at.port), timeout=wait_s).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 @contextmanager
 def joined(ground: Ground, recipe: Recipe, say: Callable[[str], None]) -> Iterator[tuple[Peers, str]]:
     """The peers, once all are there, and node 0's address; leaves them at the end.

@@ -11,7 +11,7 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 
 from distdl import errors
 from distdl.launch.agent import RunAgent, StoppedWhileDown
-from distdl.launch.joining import Ground, is_gone, joined
+from distdl.launch.joining import Ground, joined
 from distdl.launch.peers import NodeLost, Peers, TooFew
 from distdl.launch.rendezvous import Meeting
 from distdl.launch.slurm.requeue import start_again_from_here
@@ -39,19 +39,13 @@ def launch(
     procs = plan.world_size // plan.nodes
     try:
         with joined(ground, recipe, say) as (peers, address):
-            return _run(recipe, procs, directory, peers, address, ground, allow_changed)
+            return _run(recipe, procs, directory, peers, address, allow_changed)
     except NodeLost as lost:  # before the first attempt
         raise errors.LaunchError(f"node {lost.node} has gone again, before all were there") from lost
 
 
 def _run(
-    recipe: Recipe,
-    procs: int,
-    directory: RunDirectory,
-    peers: Peers,
-    address: str,
-    ground: Ground,
-    allow_changed: bool,
+    recipe: Recipe, procs: int, directory: RunDirectory, peers: Peers, address: str, allow_changed: bool
 ) -> int:
     meeting = Meeting(peers, address, uuid.uuid4().hex[:8], procs, lambda: directory.new_attempt().name)
     spec = WorkerSpec(
@@ -72,10 +66,8 @@ def _run(
     except NodeLost as lost:
         if agent.stop_signal is not None:  # it has left first
             return _stopped(agent, peers, directory)
-        if lost.node == 0 and peers.node != 0 and is_gone(ground):
-            said = start_again_from_here(os.environ)
-            if said is not None:
-                directory.event("first_node_lost", node=peers.node, verdict=said)
+        if lost.node == 0 and peers.node != 0:
+            start_again_from_here(os.environ, directory, lambda: agent.stop_signal is not None)
         raise errors.LaunchError(
             f"{agent.note_loss(lost)['cause']}. The run has ended on every node; start it again on all of "
             "them, and it goes on from the last checkpoint"

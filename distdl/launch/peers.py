@@ -11,11 +11,14 @@ from typing import Any
 from distdl.launch.failure import lost_node
 from distdl.launch.relay import BACK, GIVE_UP, LOST, Alone, Link
 
-_HERE, _READY, _ROUND, _GROW, _END, _STOP = "here", "ready", "round", "grow", "end", "stop"
+_HERE, _READY, _ROUND, _STARTED, _GROW, _END, _STOP = (
+    "here", "ready", "round", "started", "grow", "end", "stop",
+)  # fmt: skip
 _WAIT_S = 0.05
-ANSWER_S = 10.0
-"""When an attempt has failed on one node, the others' agents end their workers and say so at once. One that
-has said nothing for so long cannot be reached; the kernel would find that out later.
+ANSWER_S = 15.0
+"""When an attempt has failed on one node, the agents of the others, once they have started their workers,
+end them and say so at once. One that says nothing for so long, and a fiftieth of a second for each node,
+cannot be reached; the kernel would find that out later.
 """
 
 
@@ -127,7 +130,7 @@ class Peers:
         self._link = link
         self._wanted = 1
         self._stop_told = False
-        self._failed_at: float | None = None
+        self._silent_since: dict[int, float] = {}
         link.say(_HERE, True)
 
     @property
@@ -159,8 +162,12 @@ class Peers:
                     announced = True
                     self._link.say(_ROUND, asdict(Round(self._wanted, members, **vars(opening))))
             self._link.listen(_WAIT_S)
-        self.round, self._failed_at = found, None
+        self.round, self._silent_since = found, {}
         return found
+
+    def say_started(self) -> None:
+        """Tell the others that this attempt's workers have been started here."""
+        self._link.say(_STARTED, self.round.number)
 
     def say_end(self, end: End) -> None:
         """Tell the others how this attempt ended here."""
@@ -182,15 +189,19 @@ class Peers:
         return found
 
     def _give_up_who_is_silent(self, ends: Sequence[End | None]) -> None:
-        """Node 0: of an attempt that has failed."""
+        """Node 0: of an attempt that has failed, those that started their workers and have had their time."""
         if self.node != 0 or not any(end is not None and end.failure is not None for end in ends):
             return
-        if self._failed_at is None:
-            self._failed_at = time.monotonic()
-        elif time.monotonic() - self._failed_at > ANSWER_S:
-            silent = [m.node for m, end in zip(self.round.members, ends, strict=True) if end is None]
-            self._link.say(GIVE_UP, [node for node in silent if node != 0])
-            self._failed_at = math.inf  # once
+        now, started = time.monotonic(), self._link.heard.get(_STARTED, {})
+        silent = []
+        for member, end in zip(self.round.members, ends, strict=True):
+            if end is None and member.node != 0 and started.get(member.node) == self.round.number:
+                since = self._silent_since.setdefault(member.node, now)
+                if now - since > ANSWER_S + len(ends) / 50:
+                    silent.append(member.node)
+                    self._silent_since[member.node] = math.inf  # once
+        if silent:
+            self._link.say(GIVE_UP, silent)
 
     @property
     def failed(self) -> bool:

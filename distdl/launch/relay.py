@@ -59,8 +59,17 @@ class Lines:
 
     def write(self, value: Json) -> None:
         """Blocks while the kernel's buffer is full. A connection that has ended is left to `read`."""
+        self.write_line(line_of(value))
+
+    def write_line(self, line: bytes) -> None:
+        """The same, of what `line_of` gave."""
         with contextlib.suppress(OSError):
-            self.connection.sendall(json.dumps(value).encode() + b"\n")
+            self.connection.sendall(line)
+
+
+def line_of(value: Json) -> bytes:
+    """As it is sent."""
+    return json.dumps(value).encode() + b"\n"
 
 
 class Hub(threading.Thread):
@@ -112,6 +121,8 @@ class Hub(threading.Thread):
             self._selector.register(connection, selectors.EVENT_READ, lines)
 
     def _serve(self, lines: Lines) -> None:
+        if lines.connection.fileno() < 0:  # dismissed since it was found readable
+            return
         for message in lines.read():
             if lines in self._strangers:
                 self._admit(lines, message)
@@ -165,9 +176,10 @@ class Hub(threading.Thread):
 
     def _say(self, node: int, key: str, value: Json) -> None:
         self._said[node, key] = value
+        line = line_of({"node": node, "key": key, "value": value})
         # Node 0 last: it may end this process as soon as it has heard.
         for _, member in sorted(self._members.items(), reverse=True):
-            member.write({"node": node, "key": key, "value": value})
+            member.write_line(line)
 
     def _give_up(self, nodes: Sequence[int]) -> None:
         for node in nodes:

@@ -24,11 +24,14 @@ def alike(world: World, what: str, value: str, error: type[DistdlError], todo: s
 
 
 def code_hash(*things: object) -> str:
-    """Of the files that the classes of these objects are written in, those of distdl itself left out."""
+    """Of the Python files that the classes of these objects are written in. What is installed is left out,
+    and distdl itself: `distdl doctor` compares their versions.
+    """
     names = {type(thing).__module__ for thing in things}
     whole = hashlib.sha256()
     for name in sorted(n for n in names if n.partition(".")[0] != "distdl"):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file is not None and Path(file).is_file():
-            whole.update(name.encode() + b"\0" + Path(file).read_bytes())
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        installed = {"site-packages", "dist-packages"} & set(path.parts)
+        if path.suffix == ".py" and path.is_file() and not installed:
+            whole.update(name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
     return whole.hexdigest()[:16]

@@ -54,6 +54,8 @@ def _visible_on(job: Job, processes: list[Facts]) -> Iterator[Finding]:
             return
     names = {f.env.get("CUDA_VISIBLE_DEVICES") for f in processes}
     devices = first.software.torch.devices
+    if first.place.own_gpu:
+        return
     if len(names) == 1 and here > 1 and 0 < devices < here:
         yield fail(
             f"{here} processes share {devices} GPU(s){at}: NCCL refuses two on one",

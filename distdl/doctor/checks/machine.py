@@ -135,7 +135,8 @@ def limits(job: Job) -> Iterator[Finding]:
                 f"needs about {threads_needed}",
                 "raise it: ulimit -u, limits.conf, docker --pids-limit",
             )
-        if it.address_space is not None and (it.address_space < ADDRESS_SPACE or first.gpus.present):
+        least = ADDRESS_SPACE * (16 if first.gpus.present else 1)
+        if it.address_space is not None and it.address_space < least:
             yield fail(
                 f"a process may have {size(it.address_space)} of address space (ulimit -v)"
                 f"{where(job, first)}: libraries alone map about 1.5 GiB, those of CUDA many times as much",

@@ -52,6 +52,7 @@ def place_in(env: Mapping[str, str]) -> tuple[Topology, Place]:
         launcher=topology.launcher,
         host=socket.gethostname(),
         node=_node(),
+        own_gpu=topology.own_gpu,
         user=os.geteuid(),
         error=problem,
     )

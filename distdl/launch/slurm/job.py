@@ -23,7 +23,8 @@ from distdl import errors
 from distdl.errors import DistdlError
 from distdl.launch.slurm.requeue import JOB, Verdict, idle_attempts, judge, start_again
 from distdl.launch.slurm.script import FOLDER
-from distdl.record import RunDirectory, read_lines
+from distdl.launch.slurm.submit import events_of
+from distdl.record import RunDirectory
 
 _PATIENCE_S = 60
 """Once one node has finished, the others have so long to follow."""
@@ -72,7 +73,8 @@ class Step:
         """Blocks until the step ends; the largest exit code of its tasks, 128 + N for a signal N. `more`: for
         its environment.
         """
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **more})
+        inherited = {name: value for name, value in os.environ.items() if name != JOB}
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**inherited, **more})
         if self.asked:
             self._pass_on()
         code = self._process.wait()
@@ -104,17 +106,18 @@ def main(arguments: Sequence[str]) -> int:
     run, overrides = run_of_task(given.run, given.array_key, attempt.task)
     directory, script = RunDirectory(run), Path(given.run) / FOLDER / "job.sbatch"
     directory.path.mkdir(parents=True, exist_ok=True)
-    idle = idle_attempts(read_lines(directory.events))
+    idle = idle_attempts(events_of(directory.path))
     directory.event("job_start", job=attempt.name, restarts=attempt.restarts)
     _say(f"job {attempt.name}, restart {attempt.restarts}: {run}")
     if idle >= given.idle_attempts:  # Slurm itself has started it again, after a node was lost say
         return _end(directory, attempt, Verdict.IDLE, errors.RANK_FAILED, idle, script)
-    job = {"name": attempt.name, "restarts": attempt.restarts, "script": str(script)}
+    first = os.environ.get("SLURMD_NODENAME", "")
+    job = {"name": attempt.name, "restarts": attempt.restarts, "script": str(script), "first": first}
     code = step.run(
         step_command(attempt, [*given.command, *overrides], elastic=given.elastic),
-        {JOB: json.dumps(job)} if given.elastic else {},
+        {JOB: json.dumps(job)} if given.elastic and first else {},
     )
-    idle = idle_attempts(read_lines(directory.events))
+    idle = idle_attempts(events_of(directory.path))
     verdict = judge(code, step.asked, idle, given.idle_attempts)
     return _end(directory, attempt, verdict, code, idle, script)
 

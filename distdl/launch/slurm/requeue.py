@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from distdl import errors
 from distdl.errors import EnvironmentProblem
 from distdl.launch.slurm.client import ask
+from distdl.record import RunDirectory
 
 
 class Verdict(Enum):
@@ -80,21 +82,38 @@ def start_again(name: str, restarts: int, script: Path) -> tuple[str, str | None
 
 JOB = "DISTDL_SLURM_JOB"
 """Environment variable by which the program of a job of a range of nodes tells its agents whose job it is."""
+_POLL_S = 2.0
 
 
-def start_again_from_here(env: Mapping[str, str]) -> str | None:
-    """On a node that is left of a job of a range, after its first node is lost, and with it the program that
-    would have the job started again: do that. Slurm itself leaves such a job with the other nodes, idle.
+def start_again_from_here(
+    env: Mapping[str, str], directory: RunDirectory, stopped: Callable[[], bool], wait_s: float = 900.0
+) -> None:
+    """On a node that is left of a job of a range whose first node does not answer: once Slurm has that node
+    down, have the job started again, as its program there would have done. Slurm itself leaves such a job
+    with the other nodes, idle.
 
-    Returns what was done, in words; None where this is no such job.
+    Does nothing where this is no such job, or Slurm thinks well of the node for `wait_s` seconds: then this
+    node may be the one that is cut off. Blocks. One of several nodes that call it does it.
     """
     if JOB not in env:
-        return None
+        return
     job = json.loads(env[JOB])
+    end = time.monotonic() + wait_s
     try:
-        return start_again(job["name"], job["restarts"], Path(job["script"]))[0]
-    except EnvironmentProblem as problem:  # another node was faster
-        return str(problem)
+        while "down" not in ask(["sinfo", "--noheader", f"--nodes={job['first']}", "--format=%t"]):
+            if stopped() or time.monotonic() > end:
+                return
+            time.sleep(_POLL_S)
+        (directory.path / f".again-{job['name']}-{job['restarts']}").touch(exist_ok=False)
+        said, following = start_again(job["name"], job["restarts"], Path(job["script"]))
+        directory.event("first_node_lost", lost_host=job["first"], verdict=said)
+        if following is not None:
+            directory.event("followed_by", job=following)
+            ask(["scancel", job["name"]])
+    except FileExistsError:  # another node does it
+        return
+    except EnvironmentProblem as problem:
+        directory.event("first_node_lost", lost_host=job["first"], verdict=str(problem))
 
 
 def _task_of(name: str) -> list[str]:

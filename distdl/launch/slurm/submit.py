@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distdl.errors import EnvironmentProblem
 from distdl.launch.slurm.client import ask
@@ -50,15 +51,27 @@ def job_of(run: Path) -> str:
 
     Raises EnvironmentProblem where there is none.
     """
-    events = read_lines(run / "events.jsonl")
-    found = [e["job"] for e in events if e["event"] in ("submitted", "followed_by")]
-    if task_of(run) is not None:  # the array was submitted, and each task notes its own starts
-        found = [e["job"] for e in events if e["event"] in ("job_start", "followed_by")]
+    task = task_of(run)
+    found = []
+    for event in events_of(run):
+        if event["event"] == "submitted":
+            found.append(event["job"] if task is None else f"{event['job']}_{task}")
+        elif event["event"] == "followed_by":
+            found.append(event["job"])
     if not found:
         raise EnvironmentProblem(
             f"{run}: no job was submitted for this run directory; `distdl launch CONFIG --on slurm` does it"
         )
     return str(found[-1])
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    """The events of a run in the order of time; of a task of an array with those of its submission."""
+    events = read_lines(run / "events.jsonl")
+    if task_of(run) is None:
+        return events
+    submitted = [e for e in read_lines(run.parent / "events.jsonl") if e["event"] == "submitted"]
+    return sorted([*submitted, *events], key=lambda event: float(event["time"]))
 
 
 def task_of(run: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -260,6 +261,10 @@ def test_who_says_nothing_after_a_failure_is_given_up(ring: Ring, monkeypatch: p
     first, silent = (Peers(ring.join(node), node, Crew(2, 2)) for node in (0, 1))
     first.round = silent.round = both(1)
     first.say_end(End(1, failure={"rank": 0}))
+    wait_until = time.monotonic() + 0.5
+    while time.monotonic() < wait_until:  # it may still be starting its workers
+        assert first.ends() is None
+    silent.say_started()
     with pytest.raises(NodeLost) as lost:
         until(first, lambda peers: peers.ends())
     assert lost.value.node == 1

@@ -18,7 +18,7 @@ from distdl.errors import EnvironmentProblem
 from distdl.launch.slurm.job import Attempt, run_of_task, step_command
 from distdl.launch.slurm.requeue import Verdict, idle_attempts, judge, start_again_from_here, state_of
 from distdl.launch.slurm.submit import job_of
-from distdl.record import read_lines
+from distdl.record import RunDirectory, read_lines
 
 START, SUBMITTED = {"event": "job_start"}, {"event": "submitted"}
 
@@ -194,16 +194,29 @@ def test_a_warning_is_passed_on_and_the_job_starts_again(program: Program) -> No
 def test_the_agents_of_a_job_of_a_range_can_start_it_again(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first node, and so its program, may be lost: then another does what that would have done."""
-    program.finish(program.start("--elastic", CODE="0"))
-    told = program.notes.with_name("notes.job").read_text()
+    """Its first node, and so its program, may be lost: then one of the others does what that would do."""
+    program.finish(program.start("--elastic", CODE="0", SLURMD_NODENAME="n1"))
+    told = {"DISTDL_SLURM_JOB": program.notes.with_name("notes.job").read_text()}
     monkeypatch.setenv("PATH", program.path)
     monkeypatch.setenv("NOTES", str(program.notes))
-    assert start_again_from_here({}) is None
-    assert start_again_from_here({"DISTDL_SLURM_JOB": told}) == "started again"
-    assert program.asked("scontrol")[-1] == REQUEUE
-    monkeypatch.setenv("RESTARTS", "1")
-    assert start_again_from_here({"DISTDL_SLURM_JOB": told}) == "Slurm itself starts it again"
+    directory = RunDirectory(program.run)
+    before = program.asked("scontrol")
+    start_again_from_here({}, directory, lambda: False)  # no such job
+    sinfo = program.folder / "bin" / "sinfo"
+    sinfo.write_text("#!/bin/sh\necho mix\n")
+    sinfo.chmod(0o700)
+    start_again_from_here(
+        told, directory, lambda: False, wait_s=0.0
+    )  # this node may be the one that is cut off
+    start_again_from_here(told, directory, lambda: True)
+    assert program.asked("scontrol") == before
+    sinfo.write_text('#!/bin/sh\ntest "$2" = --nodes=n1 && echo down*\n')
+    for _ in range(3):  # of all that are left, one
+        start_again_from_here(told, directory, lambda: False)
+    assert program.asked("scontrol")[len(before) :] == [["scontrol", "show", "job", "-o", "12"], REQUEUE]
+    assert [e["verdict"] for e in read_lines(directory.events) if e["event"] == "first_node_lost"] == [
+        "started again"
+    ]
 
 
 @pytest.mark.parametrize(
