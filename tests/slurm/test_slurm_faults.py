@@ -183,11 +183,11 @@ def test_a_job_of_a_range_of_nodes_goes_on_with_what_is_left(
     run = cluster.submit(recipe_of(tmp_path, 3000), nodes="1:2")
     wait_for_event(run, "save")
     cluster.control("off", "node2")
-    began = time.time()
-    first = wait_for_event(run, "first_step", 2, timeout_s=90)["time"]
     wait_until(lambda: "down" in cluster.say("sinfo", "-hn", "node2", "-o%t")[1], 90, "Slurm notices")
-    print(f"\nfrom the power cut to the next step: {first - began:.0f} s")
-    assert first - time.time() < 60
+    noticed = time.time()
+    first = wait_for_event(run, "first_step", 2, timeout_s=90)["time"]
+    print(f"\nfrom Slurm's notice to the next step: {first - noticed:.0f} s")  # less than none: it was sooner
+    assert first - noticed < 60
     try:
         train_here(calm, 1)
         check_finished(cluster, run, tensors_of(calm.parent / "run"), 240)
@@ -216,6 +216,7 @@ def test_a_job_of_a_range_that_loses_its_first_node_starts_again_with_the_other(
         noticed = time.time()
         again = wait_for_event(run, "first_step", 2, timeout_s=150)["time"]
         print(f"\nfrom Slurm's notice to the next step: {again - noticed:.0f} s")
+        assert again - noticed < 60
         train_here(calm, 1)
         check_finished(cluster, run, tensors_of(calm.parent / "run"), 240)
         assert restarts(run) == [0, 1]

@@ -10,6 +10,10 @@ from distdl.doctor.facts import Facts, Interface
 from distdl.doctor.finding import Finding, Job, fail, groups, ok, skipped, spread, warn, where
 
 NAMED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+UNSET = (
+    "unset MASTER_ADDR (srun hands on what a start-up file or a script has set; without it the first node of "
+    "the step is taken), or "
+)
 SKEW_S, SIGNED_S = 2.0, 900.0
 """From where logs of several nodes are out of order, and from where object stores refuse a request."""
 
@@ -35,10 +39,7 @@ def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
     net, place = facts.network, facts.place
     given, set_it = f"MASTER_ADDR={net.master_addr}", ""
     if place.launcher == "srun" and "MASTER_ADDR" in facts.env:
-        set_it = (
-            "unset MASTER_ADDR (srun hands on what a start-up file or a script has set; without it the first "
-        )
-        set_it += "node of the step is taken), or "
+        set_it = UNSET
     elif place.launcher == "srun":
         given = f"{net.master_addr}, the first node of the step,"
     target = f"{net.master_addr}:{net.master_port}"

@@ -49,6 +49,17 @@ MPIRUN = {
 }
 
 
+RANK_3_OF_4: dict[str, Any] = {
+    "rank": 3,
+    "world_size": 4,
+    "local_rank": 3,
+    "local_world_size": 4,
+    "launcher": "mpirun",
+    "master_addr": "127.0.0.1",
+    "master_port": 15000 + sum(b"prterun-7") * 7 % 16000,
+}
+
+
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topology, "usable_cpus", lambda: 6)
@@ -152,27 +163,11 @@ GOLDEN: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "a batch script, before any srun": (SBATCH, {"launcher": "none"}),
     "mpirun on one node": (
         MPIRUN,
-        {
-            "rank": 3,
-            "world_size": 4,
-            "local_rank": 3,
-            "local_world_size": 4,
-            "launcher": "mpirun",
-            "master_addr": "127.0.0.1",
-            "master_port": 15000 + sum(b"prterun-7") * 7 % 16000,
-        },
+        RANK_3_OF_4,
     ),
     "mpirun in a job of Slurm, started by its daemon": (
         {**SRUN, **MPIRUN},
-        {
-            "rank": 3,
-            "world_size": 4,
-            "local_rank": 3,
-            "local_world_size": 4,
-            "launcher": "mpirun",
-            "master_addr": "127.0.0.1",
-            "master_port": 15000 + sum(b"prterun-7") * 7 % 16000,
-        },
+        RANK_3_OF_4,
     ),
     "mpirun on two nodes": (
         {
