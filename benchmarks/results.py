@@ -172,6 +172,12 @@ ROWS: dict[str, Row] = {
         (("digits_ctc.yaml",),),
         prepare=real("digits"),
     ),
+    "spoken_digits": Row(
+        "spoken strings of digits composed from 5 languages' recordings, `crnn_ctc` on log-mel",
+        (">=", 0.95),
+        (("spoken_digits_ctc.yaml",),),
+        prepare=real("spoken_digits"),
+    ),
     "sunspots": Row(
         "monthly sunspots, 12 months ahead; below naive, seasonal (132) and lag 12",
         ("<", 1.0),

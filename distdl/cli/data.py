@@ -44,6 +44,8 @@ def prepare_command(
     columns: Annotated[_Text, typer.Option(help="Columns to keep: a,b,c.")] = None,
     rename: Annotated[_Texts, typer.Option(help="old=new; repeatable.")] = None,
     image_size: Annotated[_Text, typer.Option(help="Resize images: N or HxW pixels.")] = None,
+    sample_rate: Annotated[int, typer.Option(help="Hz; sound is read up to half of it.")] = 16_000,
+    mels: Annotated[int, typer.Option(help="Bands of sound in a frame (log-mel).")] = 80,
     classes: Annotated[_Texts, typer.Option(help="Text column to number; repeatable.")] = None,
     tokenize: Annotated[_Texts, typer.Option(help="Text column to tokenise; repeatable.")] = None,
     tokenizer: Annotated[
@@ -73,6 +75,8 @@ def prepare_command(
         columns=_names(columns),
         rename=dict(_pair(text, "--rename") for text in rename or ()),
         image_size=_size(image_size),
+        sample_rate=sample_rate,
+        mels=mels,
         classes=tuple(classes or ()),
         tokenize=tuple(tokenize or ()),
         tokenizer=tokenizer,

@@ -79,6 +79,11 @@ def is_image(feature: Any) -> bool:
     return isinstance(feature, dict) and feature.get("_type") == "Image"
 
 
+def is_sound(feature: Any) -> bool:
+    """Whether a feature is an encoded sound: struct<bytes, path> in Arrow."""
+    return isinstance(feature, dict) and feature.get("_type") == "Audio"
+
+
 def array_shape(feature: Any) -> tuple[int | None, ...] | None:
     """The shape of an Array2D .. Array5D (None in it: varies), else None."""
     if isinstance(feature, dict) and str(feature.get("_type")) in {f"Array{n}D" for n in range(2, 6)}:

@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 from distdl.data.huggingface import feature_of, with_features
 from distdl.data.index import INDEX_FILE, TOKENIZER_FILE
 from distdl.data.opening import Ready, open_split, ready
+from distdl.data.prepare.mediafolder import IMAGES, medium, paths
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
-from distdl.data.prepare.sources import IMAGES, find, materialise
+from distdl.data.prepare.sound import SOUNDS
+from distdl.data.prepare.sources import find, materialise
 from distdl.data.saved import is_saved
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import Batch, Rows
@@ -58,8 +60,8 @@ class Inputs:
 
 
 def open_inputs(given: Path, like: Ready, wanted: Wanted, scratch: Path, split: str | None) -> Inputs:
-    """Open `given`: a prepared dataset, or anything that `distdl data prepare` reads, or images without
-    labels, or series as CSV files (a line a step, a column a channel).
+    """Open `given`: a prepared dataset, or anything that `distdl data prepare` reads, or images or sounds
+    without labels, or series as CSV files (a line a step, a column a channel).
 
     Files are prepared in `scratch` with the options and tokenizer of the dataset `like`. Raises DataError.
     """
@@ -95,18 +97,16 @@ def _split(opened: Ready, split: str | None, given: Path) -> str:
 
 
 def _place(given: Path, wanted: Wanted, scratch: Path) -> tuple[Path, list[str] | None]:
-    """Where `prepare` finds the rows of `given`; of images and series in a file that is made here, together
-    with the file that each row is.
+    """Where `prepare` finds the rows of `given`; of images, sounds and series in a file that is made here,
+    together with the file that each row is.
     """
     found = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
-    images = [p for p in found if p.suffix.lower() in IMAGES]
+    media = [p for p in found if p.suffix.lower() in (*IMAGES, *SOUNDS)]
     column = wanted.inputs[0]
     field = wanted.fields[column]
     scratch.mkdir(parents=True, exist_ok=True)
-    if images:
-        kind = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-        values = pa.array([{"bytes": None, "path": str(p.absolute())} for p in images], kind)
-        return _written(column, values, {"_type": "Image"}, scratch), [str(p) for p in images]
+    if media:
+        return _written(column, paths(media), medium(media)[1], scratch), [str(p) for p in media]
     series = [p for p in found if p.suffix == ".csv"] if _is_series(field) else []
     if series and column not in _header(series[0]):
         lists = [_numbers(p, field, wanted.recent) for p in series]
@@ -165,6 +165,7 @@ def _options(schema: pa.Schema, like: Ready, wanted: Wanted) -> Options:
         columns=kept,
         rename={old: new for old, new in rename.items() if old in kept and old != new},
         image_size=was.get("image_size") and tuple(was["image_size"]),
+        **{name: was[name] for name in ("sample_rate", "mels") if name in was},
         max_tokens=was.get("max_tokens"),
     )
     tokenize = tuple(name for name in texts if "int" in wanted.fields[name].dtype)

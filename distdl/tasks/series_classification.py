@@ -112,7 +112,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:
-    series = [n for n, f in data.fields.items() if _is_series(f)]
+    series = [n for n, f in data.fields.items() if is_series(f)]
     labels = [n for n, f in data.fields.items() if f.num_classes and not f.shape]
     if len(series) == 1 and len(labels) == 1:
         return series[0], labels[0]
@@ -123,5 +123,5 @@ def _columns(data: DataInfo) -> tuple[str, str]:
     )
 
 
-def _is_series(field: Field) -> bool:
+def is_series(field: Field) -> bool:
     return field.dtype in FLOATS and len(field.shape) in (1, 2) and None not in field.shape[1:]

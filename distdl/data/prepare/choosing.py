@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distdl.data.huggingface import class_label, class_names, is_image, read_features
+from distdl.data.huggingface import class_label, class_names, is_image, is_sound, read_features
 from distdl.data.order.kinds import Full
 from distdl.data.prepare.convert import (
     Conversion,
     Picture,
     RowName,
     canonical,
-    image_bytes,
+    file_bytes,
     require_no_nulls,
     require_text,
 )
 from distdl.data.prepare.decode import is_grey
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.readers import Ids, Source, in_tables, read_ids
+from distdl.data.prepare.sound import Sound
+from distdl.data.prepare.sound import is_sound as sounds_like
 from distdl.data.prepare.tokenize import TRAINED, load_tokenizer, train_tokenizer
 from distdl.errors import DataError, nearest
 
@@ -96,28 +99,37 @@ def choose_columns(source: Source, options: Options, numbered: tuple[str, ...] |
     return Conversion(columns, names, features, tokenize=tokenize, max_tokens=options.max_tokens)
 
 
-def choose_pictures(conversion: Conversion, source: Source, options: Options) -> Conversion:
-    """How image columns are decoded: grey only where all images of a sample are."""
+def choose_decoding(conversion: Conversion, source: Source, options: Options) -> Conversion:
+    """How columns of encoded images and sounds are decoded: images grey only where all of a sample are."""
     if not options.decode:
         return conversion
-    found = {}
+    pictures: dict[str, Picture] = {}
+    sounds: dict[str, Sound] = {}
     for column in conversion.columns:
         name = conversion.names.get(column, column)
-        if not is_image(conversion.features.get(name)) and not _looks_encoded(
-            source.schema.field(column).type
-        ):
-            continue
-        grey = all(
-            is_grey(image_bytes(value.as_py(), where), where)
-            for split in source.splits
-            for table in sample(source, split, [column])
-            for where in [f"column {name!r}, split {split!r}"]
-            for value in table.column(0)
-        )
-        found[name] = Picture(grey, options.image_size)
-    if options.image_size is not None and not found:
+        feature = conversion.features.get(name)
+        looks = _looks_encoded(source.schema.field(column).type)
+        if is_sound(feature) or (looks and not is_image(feature) and _first_is_sound(source, column)):
+            sounds[name] = Sound(options.sample_rate, options.mels)
+        elif is_image(feature) or looks:
+            grey = all(is_grey(data, where) for data, where in _encoded(source, column))
+            pictures[name] = Picture(grey, options.image_size)
+    if options.image_size is not None and not pictures:
         raise DataError("--image-size is given, and the source has no column of encoded images")
-    return replace(conversion, pictures=found)
+    return replace(conversion, pictures=pictures, sounds=sounds)
+
+
+def _first_is_sound(source: Source, column: str) -> bool:
+    return any(sounds_like(data) for data, _ in islice(_encoded(source, column), 1))
+
+
+def _encoded(source: Source, column: str) -> Iterator[tuple[bytes, str]]:
+    """(bytes, what to call it in an error) of a sample of the encoded files in a column."""
+    for split in source.splits:
+        where = f"column {column!r}, split {split!r}"
+        for table in sample(source, split, [column]):
+            for value in table.column(0):
+                yield file_bytes(value.as_py(), where), where
 
 
 def choose_classes(

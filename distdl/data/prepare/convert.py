@@ -23,10 +23,12 @@ from distdl.data.huggingface import (
     class_label,
     feature_of,
     is_image,
+    is_sound,
     with_features,
 )
 from distdl.data.prepare.decode import decode_image
 from distdl.data.prepare.readers import Ids
+from distdl.data.prepare.sound import Sound, decode_sound, log_mel
 from distdl.data.prepare.tokenize import encode
 from distdl.errors import DataError
 
@@ -54,6 +56,7 @@ class Conversion:
     """The source's features, by the names of the result."""
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pictures: dict[str, Picture] = field(default_factory=dict)
+    sounds: dict[str, Sound] = field(default_factory=dict)
     tokenize: tuple[str, ...] = ()
     tokenizer: str | None = None
     max_tokens: int | None = None
@@ -72,7 +75,11 @@ class Conversion:
             if name in self.pictures:
                 found[name] = decode_column(column, name, self.pictures[name], where)
                 continue
-            if not is_image(self.features.get(name)):
+            if name in self.sounds:
+                found[name] = hear_column(column, name, self.sounds[name], where)
+                continue
+            encoded = is_image(self.features.get(name)) or is_sound(self.features.get(name))
+            if not encoded:  # whose path or bytes may be null
                 require_no_nulls(column, name, where)
             shape = array_shape(self.features.get(name))
             if name in self.classes:
@@ -89,7 +96,7 @@ class Conversion:
         return result.cast(with_features(result.schema, self._features(result.schema))), cut
 
     def _features(self, schema: pa.Schema) -> Features:
-        changed = {*self.pictures, *self.tokenize}
+        changed = {*self.pictures, *self.sounds, *self.tokenize}
         features: Features = {}
         for column in schema:
             old = self.features.get(column.name)
@@ -178,11 +185,22 @@ def decode_column(column: pa.Array, name: str, picture: Picture, where: RowName)
     for row, value in enumerate(column):
         label = f"column {name!r}, {where(row)}"
         images.append(
-            decode_image(image_bytes(value.as_py(), label), label, grey=picture.grey, size=picture.size)
+            decode_image(file_bytes(value.as_py(), label), label, grey=picture.grey, size=picture.size)
         )
         if images[-1].shape != images[0].shape:
             raise size_error(name, images[0].shape, where(0), images[-1].shape, where(row))
     return to_fixed_lists(np.stack(images))
+
+
+def hear_column(column: pa.Array, name: str, sound: Sound, where: RowName) -> pa.Array:
+    """struct<bytes, path> -> lists of `sound.mels` float16, one a frame. Raises DataError."""
+    heard: list[npt.NDArray[np.float16]] = [np.zeros((0, sound.mels), np.float16)]
+    for row, value in enumerate(column):
+        label = f"column {name!r}, {where(row)}"
+        samples, rate = decode_sound(file_bytes(value.as_py(), label), label)
+        heard.append(log_mel(samples, rate, sound, label))
+    ends = np.cumsum([len(one) for one in heard]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), to_fixed_lists(np.concatenate(heard)))
 
 
 def size_error(name: str, first: Sequence[int], there: str, other: Sequence[int], here: str) -> DataError:
@@ -194,8 +212,8 @@ def size_error(name: str, first: Sequence[int], there: str, other: Sequence[int]
     )
 
 
-def image_bytes(value: Any, label: str) -> bytes:
-    """The encoded image in a row of an image column: its bytes, or the file that its path names."""
+def file_bytes(value: Any, label: str) -> bytes:
+    """The encoded image or sound in a row: its bytes, or the file that its path names."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, Mapping):
@@ -206,7 +224,7 @@ def image_bytes(value: Any, label: str) -> bytes:
                 return Path(value["path"]).read_bytes()
             except OSError as error:
                 raise DataError(f"{label}: cannot read {value['path']}: {error.strerror or error}") from error
-    raise DataError(f"{label} has no image; drop such rows first")
+    raise DataError(f"{label} has no image or sound; drop such rows first")
 
 
 def to_fixed_lists(array: npt.NDArray[Any]) -> pa.Array:

@@ -13,7 +13,7 @@ from distdl.data.prepare.choosing import (
     Part,
     choose_classes,
     choose_columns,
-    choose_pictures,
+    choose_decoding,
     choose_splits,
     choose_tokenizer,
     sample_ranges,
@@ -40,7 +40,7 @@ class Draft:
 def make_draft(source: Source, options: Options, entry: Entry | None, made: Building) -> Draft:
     parts = choose_splits(source, entry.splits if entry else None, options)
     conversion = choose_columns(source, options, entry.class_names if entry else None)
-    conversion = choose_pictures(conversion, source, options)
+    conversion = choose_decoding(conversion, source, options)
     conversion = choose_classes(conversion, source, parts, options)
     kept = made.folder / "records" / TOKENIZER_FILE
     before = kept.read_text(encoding="utf-8") if kept.is_file() else None

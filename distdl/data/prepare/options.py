@@ -27,6 +27,10 @@ class Options:
     rename: Mapping[str, str] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
     """Height and width to which images are resized; None: they need one size."""
+    sample_rate: int = 16_000
+    """Hz: bands of sound reach up to half of it."""
+    mels: int = 80
+    """Bands of sound."""
     classes: tuple[str, ...] = ()
     """Columns (by their new names) of text that become class numbers."""
     tokenize: tuple[str, ...] = ()
@@ -39,7 +43,7 @@ class Options:
     """New split -> fraction of the rows of "train" that moves there, chosen by `seed`."""
     seed: int = 0
     decode: bool = True
-    """Decode images; False leaves their encoded bytes as they are."""
+    """Decode images and sounds; False leaves their encoded bytes as they are."""
     workers: int = 1
     overwrite: bool = False
     wait: bool = False
@@ -58,6 +62,8 @@ class Options:
             "--shards": (self.shards is not None and self.shards < 1, self.shards, "1 or more"),
             "--max-shard-bytes": (self.max_shard_bytes < 1, self.max_shard_bytes, "1 or more"),
             "--workers": (self.workers < 1, self.workers, "1 or more"),
+            "--sample-rate": (self.sample_rate < 1000, self.sample_rate, "1000 Hz or more"),
+            "--mels": (self.mels < 1, self.mels, "1 or more"),
             "--vocab-size": (self.vocab_size < 5, self.vocab_size, "5 or more"),
             "--min-count": (self.min_count < 1, self.min_count, "1 or more"),
             "--max-tokens": (

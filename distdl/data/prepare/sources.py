@@ -19,9 +19,10 @@ import pyarrow as pa
 from distdl.data.folders import Splits, files_in, split_files, split_of
 from distdl.data.index import INDEX_FILE, read_index, resolve
 from distdl.data.prepare.idx import find_idx, idx_schema, idx_table
-from distdl.data.prepare.imagefolder import image_tables
+from distdl.data.prepare.mediafolder import IMAGES, class_tables, described_tables, find_described
 from distdl.data.prepare.parallel import find_pairs, parallel_batches, parallel_schema
 from distdl.data.prepare.readers import Piece, Source, in_tables, read_ids, source_of
+from distdl.data.prepare.sound import SOUNDS
 from distdl.data.prepare.ts import read_ts, ts_schema, ts_table
 from distdl.data.prepare.writer import write_stream
 from distdl.data.saved import is_saved, saved_splits
@@ -35,12 +36,12 @@ _SUFFIXES = {
     "text": (".txt",),
     "ts": (".ts",),
 }
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _UNROLLED_ROWS = 1024
 
 ACCEPTED = """a folder made by `distdl data prepare` or by `save_to_disk`;
   train*.parquet, train*.csv, train*.tsv, train*.jsonl or train*.txt (test*, validation* likewise);
-  SPLIT/CLASS/*.png or CLASS/*.png (also .jpg, ...): an image folder;
+  SPLIT/CLASS/*.png or CLASS/*.png (also .jpg, .wav, .flac, ...): images or sounds, a folder for each class;
+  SPLIT/metadata.csv or .jsonl with a column file_name: the images or sounds beside it, and what it says;
   train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-... (also .gz): IDX;
   NAME_TRAIN.ts, NAME_TEST.ts: time series;
   train.en, train.de: parallel text, a file for each language"""
@@ -113,6 +114,10 @@ def _find_folder(folder: Path) -> Found:
 
 
 def _layouts(folder: Path) -> Iterator[Found]:
+    described = find_described(folder)
+    if described:
+        yield Found("described", described, folder)
+        return  # the metadata themselves are CSV or JSON
     idx = find_idx(folder)
     if idx:
         yield Found("idx", {split: list(pair) for split, pair in idx.items()}, folder)
@@ -128,26 +133,27 @@ def _layouts(folder: Path) -> Iterator[Found]:
     for kind in ("parquet", "csv", "json", "text"):
         if files_in(folder, _SUFFIXES[kind]) or files_in(folder / "data", _SUFFIXES[kind]):
             yield Found(kind, split_files(folder, _SUFFIXES[kind]), folder)
-    images = _image_splits(folder)
-    if images:
-        yield Found("imagefolder", images, folder)
+    for suffixes in (IMAGES, SOUNDS):
+        media = _class_splits(folder, suffixes)
+        if media:
+            yield Found("classes", media, folder)
 
 
-def _image_splits(folder: Path) -> Splits:
-    """SPLIT/CLASS/image where every class folder lies in a split's, else CLASS/image, all "train"."""
-    images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
-    depths = {len(f.relative_to(folder).parts) for f in images}
+def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
+    """SPLIT/CLASS/file where every class folder lies in a split's, else CLASS/file, all "train"."""
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
+    depths = {len(f.relative_to(folder).parts) for f in found}
     if depths == {3}:
         splits: Splits = {}
-        for file in images:
+        for file in found:
             splits.setdefault(file.relative_to(folder).parts[0], []).append(file)
         return splits
     if depths == {2}:
-        return {"train": images}
+        return {"train": found}
     if depths:
         raise DataError(
-            f"{folder} holds images at different depths ({', '.join(str(f) for f in images[:3])}); expected "
-            "CLASS/image or SPLIT/CLASS/image"
+            f"{folder} holds images or sounds at different depths ({', '.join(str(f) for f in found[:3])}); "
+            "expected CLASS/file or SPLIT/CLASS/file, or a metadata.csv that names them"
         )
     return {}
 
@@ -210,8 +216,10 @@ def _tables(
         read = {split: [read_ts(file) for file in files] for split, files in found.files.items()}
         schema = ts_schema([file for files in read.values() for file in files])
         return schema, {s: iter([ts_table(file, schema) for file in files]) for s, files in read.items()}
-    if found.kind == "imagefolder":
-        return image_tables(found.files)
+    if found.kind == "classes":
+        return class_tables(found.files)
+    if found.kind == "described":
+        return described_tables(found.files)
     pairs_of = find_pairs(files_in(found.folder, ("",)))
     schema = parallel_schema(pairs_of)
     return schema, {

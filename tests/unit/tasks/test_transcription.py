@@ -110,3 +110,87 @@ def test_predictions_are_the_strings_that_are_measured() -> None:
     found = mine.predict(lambda images: logits, batch)
     assert [one["symbols"] for one in found] == STRINGS
     assert mine.metric_sums(lambda images: logits, batch)["accuracy"] == (6, 6)
+
+
+SOUND = {"audio": Field("halffloat", (None, 16)), "digits": FIELDS["digits"]}
+
+
+def heard(strings: list[list[int]]) -> dict[str, Any]:
+    """Symbol s is 8 frames in which bands 3 s to 3 s + 2 are loud; between two are 4 of silence."""
+    frames, lengths = [np.zeros((0, 16), np.float16)], []
+    for string in strings:
+        one = np.zeros((12 * len(string) + 5, 16), np.float16)
+        for place, symbol in enumerate(string):
+            one[12 * place + 4 : 12 * place + 12, 3 * symbol : 3 * symbol + 3] = 4
+        frames.append(one)
+        lengths.append(len(one))
+    audio = Ragged(np.concatenate(frames), np.array(lengths, np.int64))
+    return {"audio": audio, "digits": rows(strings)["digits"]}
+
+
+@torch.no_grad()
+def test_what_fills_up_the_short_sounds_changes_nothing_of_them() -> None:
+    torch.manual_seed(0)
+    mine = task(SOUND)
+    model = mine.build_model().train()  # no statistic of a batch enters, in training either
+    batch = mine.collate(heard(STRINGS))
+    logits, steps = model(batch["series"], batch["series_lengths"])
+    assert logits.shape == (6, 41 // 4, 6)
+    assert steps.tolist() == [(12 * len(s) + 5) // 4 for s in STRINGS]
+    for row, string in enumerate(STRINGS):
+        alone = mine.collate(heard([string]))
+        its, (its_steps,) = model(alone["series"], alone["series_lengths"])
+        assert its_steps == steps[row]
+        torch.testing.assert_close(logits[row, : steps[row]], its[0], atol=1e-5, rtol=1e-4)
+    each = [float(mine.loss_sum(model, mine.collate(heard([s])))) for s in STRINGS]
+    assert float(mine.loss_sum(model, batch)) == pytest.approx(sum(each), rel=1e-4)
+    # Whatever stands beyond the rows.
+    other = {**batch, "series": batch["series"].clone()}
+    other["series"][3, 5:] = 100.0
+    assert float(mine.loss_sum(model, other)) == pytest.approx(sum(each), rel=1e-4)
+
+
+def test_it_learns_to_read_sounds() -> None:
+    torch.manual_seed(0)
+    mine = task(SOUND)
+    model = mine.build_model()
+    batch = mine.collate(heard(STRINGS))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(120):
+        optimizer.zero_grad()
+        (mine.loss_sum(model, batch) / 6).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert mine.metric_sums(model, batch)["accuracy"] == (6, 6)
+        assert [one["symbols"] for one in mine.predict(model, batch)] == STRINGS
+
+
+def test_a_row_too_short_for_its_string_is_said() -> None:
+    mine = task(SOUND)
+    mine.build_model()
+    # 23 frames are 5 steps: enough for 5 symbols, not for 3 that are alike, with one more.
+    audio = Ragged(np.ones((23, 16), np.float16), np.array([23], np.int64))
+    for string, fits in (([0, 1, 2, 3, 4], True), ([1, 1, 1], True), ([1, 1, 1, 0], False), ([], True)):
+        row = {"audio": audio, "digits": rows([string])["digits"]}
+        if fits:
+            mine.collate(row)
+        else:
+            with pytest.raises(DataError, match=r"it is 5 steps.*the 4 symbols.*need 6: \[1, 1, 1, 0\]"):
+                mine.collate(row)
+    picture = task()
+    picture.build_model()
+    with pytest.raises(DataError, match="it is 6 steps"):
+        picture.collate(rows([[1, 2, 1, 2, 1, 2, 3]]) | {"image": np.zeros((1, 16, 24), np.uint8)})
+
+
+@torch.no_grad()
+def test_sounds_of_one_length_and_very_short_ones() -> None:
+    torch.manual_seed(0)
+    fixed = task({**SOUND, "audio": Field("float", (40, 16))})
+    model = fixed.build_model()
+    batch = fixed.collate({"audio": np.ones((2, 40, 16), np.float32), "digits": rows([[1], [2]])["digits"]})
+    assert model(batch["series"], batch["series_lengths"])[1].tolist() == [10, 10]
+    mine = task(SOUND)
+    audio = Ragged(np.ones((3, 16), np.float16), np.array([1, 2], np.int64))
+    batch = mine.collate({"audio": audio, "digits": rows([[1], []])["digits"]})
+    assert torch.isfinite(mine.loss_sum(mine.build_model(), batch))
