@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from distdl.comm import World
-from distdl.recipe import Recipe, load_recipe
+from distdl.recipe import Recipe, load_recipe, parse_recipe
 from distdl.testing import run_world
 from distdl.topology import Topology
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def shortened(name: str, data: Path, run: Path, model: dict[str, Any], **changes: dict[str, Any]) -> Recipe:
+    """A recipe of configs/ in exact mode, but for its size, its length, and a learning rate for few steps."""
+    sections = load_recipe(CONFIGS / f"{name}.yaml").model_dump(mode="json", by_alias=True)
+    sections["model"] |= model
+    sections["data"] |= {"name": None, "path": str(data), "train_split": "train", "eval_split": "test"}
+    sections["batch"] = {"global": 16, "micro": 4}
+    sections["optim"] = {"name": "adamw", "lr": 0.003}
+    sections["schedule"] = {"name": "constant"}
+    sections["train"] = {"max_steps": 10, "seed": 3, "reduction": "exact"}
+    sections["checkpoint"] = {"every_epochs": None}
+    sections["eval"] |= {"every_epochs": None}
+    sections["track"] = {"every_steps": 1}
+    sections["hardware"] = {"threads": 1, "device": "cpu"}
+    sections["run"] = {"dir": str(run)}
+    for section, keys in changes.items():
+        sections[section] |= keys
+    return parse_recipe(sections)
 
 
 def topology_of(world: World) -> Topology:

@@ -16,17 +16,16 @@ from PIL import Image
 
 from distdl.data import open_split, ready
 from distdl.data.catalogue import CATALOGUE
-from distdl.recipe import Recipe, load_recipe, parse_recipe
+from distdl.recipe import Recipe
 from distdl.testing import assert_same_bits, run_world
 from tests.commands import distdl
 from tests.multiprocess.test_parity import results
-from tests.runs import train_rank
+from tests.runs import shortened, train_rank
 
 # Trains twenty-two times.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 10
 GARMENTS, SCENES = "garments", "scenes"
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,22 +70,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(name: str, data: Path, folder: Path) -> Recipe:
-    """The recipe as it stands, but for its size, its length and a learning rate for so few steps."""
     kind, model = SMALL[name]
-    sections = load_recipe(ROOT / "configs" / f"{name}.yaml").model_dump(mode="json", by_alias=True)
-    sections["model"] |= model
-    sections["data"] |= {"name": None, "path": str(data / kind)}
-    sections["data"] |= {"train_split": "train", "eval_split": "test"}
-    sections["batch"] = {"global": 16, "micro": 4}
-    sections["optim"] = {"name": "adamw", "lr": 0.003}
-    sections["schedule"] = {"name": "constant"}
-    sections["train"] = {"max_steps": STEPS, "seed": 3, "reduction": "exact"}
-    sections["checkpoint"] = {"every_epochs": None}
-    sections["eval"] |= {"every_epochs": None}
-    sections["track"] = {"every_steps": 1}
-    sections["hardware"] = {"threads": 1, "device": "cpu"}
-    sections["run"] = {"dir": str(folder / name)}
-    return parse_recipe(sections)
+    return shortened(name, data / kind, folder / name, model)
 
 
 @pytest.fixture(scope="module")
