@@ -5,7 +5,8 @@
 The script under torchrun is written by hand: the same imports, network and batch, and plain DDP. The
 others start the recipe. The clock begins when the command is started, and ends when rank 0 has made its
 first step. What is printed is the median of each, and the median over the rounds of its ratio to the
-script's.
+script's. What a launcher takes by itself, whatever it starts, is shown by an empty script, which does
+nothing but say that it runs.
 
 Then how long `distdl --help` and `distdl plan` take, which import no torch.
 """
@@ -31,6 +32,12 @@ RECIPE = ROOT / "configs" / "fashion_cnn.yaml"
 MICRO = 32
 KEYS = ["train.max_steps=2", "hardware.threads=1", "hardware.device=cpu", f"batch.micro={MICRO}"]
 BIN = Path(sys.executable).parent
+EMPTY = """
+import os, sys, time
+if os.environ["RANK"] == "0":
+    with open(os.environ["SAYS_SO"], "w") as done:
+        done.write(str(time.time()))
+"""
 
 
 def script(done: Path) -> None:
@@ -71,19 +78,26 @@ def free_port() -> int:
 def commands(run: Path) -> dict[str, list[str]]:
     """Name of a way in -> the command that trains with it, two processes. Those that are installed."""
     distdl = ["distdl", "train", str(RECIPE), *KEYS, f"run.dir={run}"]
+    empty = run.parent / "empty.py"
+    empty.write_text(EMPTY)
     torchrun = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
     found = {
         "torchrun, a script": [*torchrun, __file__, "--done", str(run / "done")],
         "distdl launch": [str(BIN / "distdl"), "launch", *distdl[2:], "--procs", "2"],
         "torchrun -m distdl": [*torchrun, "-m", *distdl],
+        "torchrun, empty": [*torchrun, str(empty)],
     }
     if importlib.util.find_spec("accelerate"):
         options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
         options += ["--dynamo_backend=no", f"--main_process_port={free_port()}"]
-        found["accelerate launch"] = [str(BIN / "accelerate"), "launch", *options, "-m", *distdl]
+        accelerate = [str(BIN / "accelerate"), "launch", *options]
+        found["accelerate launch"] = [*accelerate, "-m", *distdl]
+        found["accelerate, empty"] = [*accelerate, str(empty)]
     if importlib.util.find_spec("deepspeed"):
-        options = ["--num_gpus=2", f"--master_port={free_port()}", "--module"]
-        found["deepspeed"] = [sys.executable, "-m", "deepspeed.launcher.runner", *options, *distdl]
+        options = ["--num_gpus=2", f"--master_port={free_port()}"]
+        deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+        found["deepspeed"] = [*deepspeed, "--module", *distdl]
+        found["deepspeed, empty"] = [*deepspeed, str(empty)]
     return found
 
 
@@ -102,6 +116,7 @@ def measure(name: str, folder: Path) -> float | None:
         return None
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]])}
+    environment["SAYS_SO"] = str(folder / "done")
     begin = time.time()
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
@@ -136,7 +151,8 @@ def main() -> None:
     bare = times["torchrun, a script"]
     for name, taken in times.items():
         ratio = statistics.median(mine / its for mine, its in zip(taken, bare, strict=True))
-        print(f"{name:20} {statistics.median(taken):6.2f} s to the first step, {ratio:.2f} of the script")
+        what = "its first line" if name.endswith("empty") else "the first step"
+        print(f"{name:20} {statistics.median(taken):6.2f} s to {what}, {ratio:.2f} of the script")
     for words in (["--help"], ["plan", str(RECIPE)]):
         command = [str(BIN / "distdl"), *words]
         taken = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(9)]  # noqa: B023

@@ -91,18 +91,18 @@ HERE: dict[str, tuple[int, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("way", HERE)
-def test_on_one_machine(way: str, tmp_path: Path, alone: Any) -> None:
-    world, words = HERE[way]
+def started(way: str, recipe: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """What came of starting the recipe this way."""
+    words = HERE[way][1]
     if shutil.which(words[0]) is None:
         pytest.skip(f"{words[0]} is not installed")
     if way in ("accelerate", "deepspeed") and importlib.util.find_spec(way) is None:
         pytest.skip(f"{way} is not installed")
-    recipe = small(tmp_path)
     command = [free_port().join(word.split("PORT")) for word in words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    environment |= {"HF_HOME": str(recipe.parent), **environ}
     environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]])
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(recipe)],
         cwd=ROOT,
         env=environment,
@@ -111,8 +111,34 @@ def test_on_one_machine(way: str, tmp_path: Path, alone: Any) -> None:
         timeout=120,
         check=False,
     )
+
+
+@pytest.mark.parametrize("way", HERE)
+def test_on_one_machine(way: str, tmp_path: Path, alone: Any) -> None:
+    done = started(way, small(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    check(tmp_path / "run", alone, world, done.stdout + done.stderr)
+    check(tmp_path / "run", alone, HERE[way][0], done.stdout + done.stderr)
+
+
+CODE = dict.fromkeys(HERE, 0) | {"bare": 75, "distdl launch": 75, "mpirun": 75}
+"""What a run that was asked to stop ends with: others' launchers restart what does not end with 0."""
+EVERYDAY = ("torchrun, c10d", "deepspeed")
+
+
+@pytest.mark.parametrize(
+    "way", [w if w in EVERYDAY else pytest.param(w, marks=pytest.mark.campaign) for w in HERE]
+)
+def test_asked_to_stop_all_save_and_the_code_says_so(way: str, tmp_path: Path, alone: Any) -> None:
+    recipe, run = small(tmp_path), tmp_path / "run"
+    rank = HERE[way][0] - 1
+    done = started(way, recipe, DISTDL_FAIL_AT=f"{rank}:train.step@1:USR1")
+    assert done.returncode == CODE[way], done.stdout + done.stderr
+    events = read_lines(run / "events.jsonl")
+    assert [e["saved"] for e in events if e["event"] == "stop"] in ([1], [2]), done.stdout + done.stderr
+    assert len([e for e in events if e["event"] == "start"]) == 1
+    done = started(way, recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_bits(tensors_of(run), alone)
 
 
 SCRIPTS = {
