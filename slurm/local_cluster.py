@@ -25,6 +25,8 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter")
 CONTROLLER = "ctl"
 NETWORK = "10.213.7"
 CPUS = 4
+SOCKET_PATH = 107
+"""Bytes (unix(7))."""
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 
 CONFIG = """\
@@ -220,6 +222,14 @@ class Cluster:
         return 0
 
     def _configure(self, nodes: int) -> None:
+        # Slurm's daemon makes a socket for each step, and a path of one has room for so many bytes.
+        socket = self.folder / f"node{nodes}" / "spool" / f"node{nodes}_100000.100"
+        excess = len(os.fsencode(socket)) - SOCKET_PATH
+        if excess > 0:
+            raise Trouble(
+                f"--dir {self.folder} is too long by {excess} bytes: no socket could be made below it, and "
+                "steps would end as they begin; choose a shorter one"
+            )
         self.folder.mkdir(parents=True)
         self.folder.chmod(0o755)
         for name in ("state", "munge"):

@@ -68,6 +68,22 @@ def test_submitted(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
     assert "exit code 0; over" in cluster.distdl("slurm", "logs", str(run))
 
 
+@pytest.mark.campaign
+@pytest.mark.parametrize("option", ["gres", "gpus-per-node"])
+def test_gpus_are_asked_for_as_the_cluster_wants_it(
+    option: str, cluster: TestCluster, tmp_path: Path, alone: Any
+) -> None:
+    """The nodes have two devices each that Slurm takes for GPUs; training itself is told to use the CPU."""
+    recipe, run = small(tmp_path), tmp_path / "run"
+    keys = ["launch.slurm.gpus=1", f"launch.slurm.gpu_option={option}", "hardware.device=cpu"]
+    keys += ["launch.slurm.setup=['echo \"has $SLURM_GPUS_ON_NODE GPU\"']"]
+    cluster.distdl("launch", str(recipe), "--on", "slurm", "--nodes", "2", "--procs", "1", *keys)
+    wait_until(lambda: not cluster.queue(), 60, "the job ends")
+    log = "".join(path.read_text() for path in sorted((run / "slurm").glob("*.log")))
+    check(run, alone, 2, log)
+    assert "has 1 GPU" in log
+
+
 def test_the_doctor_examines_the_nodes_of_a_run(cluster: TestCluster, tmp_path: Path) -> None:
     words = ["doctor", str(small(tmp_path)), "--on", "slurm", "--nodes", "2", "--procs", "2"]
     words += ["launch.slurm.cpus=2", "batch.global=32", "--json"]
