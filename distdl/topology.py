@@ -75,11 +75,15 @@ class Agents:
 
         Raises EnvironmentProblem where the two differ, and where this launcher is itself the worker of one.
         """
-        for name, launcher in (("TORCHELASTIC_RUN_ID", "torchrun"), ("OMPI_COMM_WORLD_RANK", "mpirun")):
+        for name, launcher, use in (
+            ("TORCHELASTIC_RUN_ID", "torchrun", "torchrun ... -m distdl train"),
+            ("OMPI_COMM_WORLD_RANK", "mpirun", "mpirun ... python -m distdl train"),
+            ("CROSS_SIZE", "deepspeed", "deepspeed ... --module distdl train"),
+        ):
             if name in env:
                 raise EnvironmentProblem(
                     f"`distdl launch` was started by {launcher}, which starts processes as well: use "
-                    f"`{launcher} ... -m distdl train`, or `distdl launch` without it"
+                    f"`{use}`, or `distdl launch` without it"
                 )
         if not _in_slurm_step(env):
             found = cls()

@@ -311,6 +311,7 @@ def test_one_launcher_on_each_node() -> None:
         (SRUN, None, "srun started 6 times `distdl launch` on 3 nodes"),
         (TORCHRUN, None, "was started by torchrun"),
         (MPIRUN, None, "was started by mpirun"),
+        ({"RANK": "0", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"}, None, "deepspeed ... --module distdl train"),
     ],
 )
 def test_launchers_that_do_not_fit_are_refused(env: dict[str, str], nodes: int | None, says: str) -> None:
