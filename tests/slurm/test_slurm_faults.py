@@ -59,6 +59,7 @@ def check_finished(cluster: TestCluster, run: Path, undisturbed: Any, limit_s: f
     assert events(run, "job_end")[-1]["exit_code"] == 0, log
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
     assert steps == sorted(set(steps)), log
+    assert {*range(10, steps[-1] + 1, 10)} <= {*steps}, log  # track.every_steps, and none of them lost
     assert_same_bits(tensors_of(run), undisturbed)
 
 
