@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zlib import crc32
 
 from distdl.errors import EnvironmentProblem
 
@@ -152,7 +153,7 @@ class Topology:
         Raises EnvironmentProblem where variables contradict each other or one is missing.
         """
         if "RANK" in env and "WORLD_SIZE" in env:
-            _check_torchrun_in_slurm(env)
+            _check_launcher_in_launcher(env)
             _check_left_over_in_slurm(env)
             found = _from_torchrun(env)
         elif "OMPI_COMM_WORLD_RANK" in env:  # before Slurm: mpirun's daemons are a step of its own
@@ -247,18 +248,30 @@ def _slurm_meeting(env: Mapping[str, str], nodes: int) -> tuple[str, int]:
     return host, _number(env, "MASTER_PORT", port)
 
 
-def _check_torchrun_in_slurm(env: Mapping[str, str]) -> None:
-    """torchrun under srun is one agent a task. Several that know nothing of each other are a mistake."""
-    if "TORCHELASTIC_RUN_ID" not in env or not _in_slurm_step(env):
-        return
+def _check_launcher_in_launcher(env: Mapping[str, str]) -> None:
+    """torchrun (or deepspeed) under srun or mpirun is one launcher a task. Several that know nothing of each
+    other are a mistake.
+    """
     if "DISTDL_LAUNCHER_PID" in env:  # its agents have met, and may be fewer than were started
         return
-    tasks, agents = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "GROUP_WORLD_SIZE", 1)
+    if "TORCHELASTIC_RUN_ID" in env:
+        inner, agents = "torchrun", _number(env, "GROUP_WORLD_SIZE", 1)
+    elif "CROSS_SIZE" in env:
+        inner, agents = "deepspeed", _number(env, "CROSS_SIZE", 1)
+    else:
+        return
+    if "OMPI_COMM_WORLD_SIZE" in env:  # in a job of Slurm it has srun start its daemons
+        outer, tasks = "mpirun", _number(env, "OMPI_COMM_WORLD_SIZE")
+    elif _in_slurm_step(env):
+        outer, tasks = "srun", _number(env, "SLURM_STEP_NUM_TASKS", 1)
+    else:
+        return
     if tasks > agents:
+        one = "srun --ntasks-per-node=1" if outer == "srun" else "mpirun --map-by ppr:1:node"
         raise EnvironmentProblem(
-            f"srun started torchrun {tasks} times, and each forms a world of {agents} node"
+            f"{outer} started {inner} {tasks} times, and each forms a world of {agents} node"
             f"{'s' * (agents > 1)} by itself: they would train the same run at once. Start one a node "
-            "(`srun --ntasks-per-node=1 torchrun --nnodes=N ...`), or none: `srun python -m distdl train`"
+            f"(`{one} torchrun --nnodes=N ...`), or none: `{outer} python -m distdl train`"
         )
 
 
@@ -302,7 +315,7 @@ def _from_open_mpi(env: Mapping[str, str]) -> Topology:
             "name the host of rank 0 with `mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=PORT ...`"
         )
     # mpirun gives all ranks of a job one parent identity; without it the default port has to do.
-    job = sum(env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", "")).encode())
+    job = crc32(env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", "")).encode())
     rank = _number(env, "OMPI_COMM_WORLD_RANK")
     return Topology(
         rank=rank,
@@ -313,7 +326,7 @@ def _from_open_mpi(env: Mapping[str, str]) -> Topology:
         node_rank=rank // max(local, 1),
         launcher="mpirun",
         master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(env, "MASTER_PORT", 15000 + job * 7 % 16000),
+        master_port=_number(env, "MASTER_PORT", 15000 + job % 16000),
     )
 
 

@@ -113,6 +113,14 @@ def launch(
 ) -> int:
     """Train with several processes; restart them from the last checkpoint if they fail."""
     asked = Nodes.parse(nodes) if nodes is not None else None
+    for option, value, goes_with in (
+        ("--hostfile", hostfile, ("ssh",)),
+        ("--node-rank", node_rank, ("here",)),
+        ("--rendezvous", rendezvous, ("here", "ssh")),
+    ):
+        if value is not None and on not in goes_with:
+            what = " or ".join(f"--on {word}" for word in goes_with)
+            raise PlanError(f"{option} goes with {what}, and would mean nothing with --on {on}: leave it out")
     if on == "slurm":
         given = overrides_of(overrides, engine)
         return launch_on_slurm(

@@ -92,7 +92,10 @@ def stream(meeting: Meeting, peer: int, address: str) -> Measured:
     with contextlib.ExitStack() as stack:
         listener = None
         if meeting.main:
-            listener = stack.enter_context(socket.create_server(("", 0)))
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
+            stack.enter_context(listener)
             listener.settimeout(PATIENCE_S)
         port = meeting.share("stream-port", listener.getsockname()[1] if listener else 0)
         error = None

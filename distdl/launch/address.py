@@ -67,7 +67,7 @@ def _why_not(at: Endpoint, address: str, error: OSError) -> str:
         return (
             f"port {at.port} of {at.host} ({address}) is in use on {here}, by another run perhaps (see "
             "`ss -ltnp`): choose another on every node, as in --rendezvous "
-            f"{Endpoint(at.host, at.port % 65535 + 1)}"
+            f"{Endpoint(at.host, at.port % 65535 + 1)}; in a job of Slurm, MASTER_PORT (launch.slurm.env)"
         )
     if error.errno == errno.EADDRNOTAVAIL:
         own = ", ".join(address for _, address in addresses_here())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from distdl.recipe.base import Count, Line, Natural, Section, Text, problem
 
@@ -51,6 +51,16 @@ class Slurm(Section):
     warn_s: Count = Field(120, description="Seconds before the time limit at which the run is to save.")
     idle_attempts: Count = Field(3, description="Attempts in a row, with no step saved, that end the job.")
 
+    @model_validator(mode="after")
+    def _there_is_time(self) -> Slurm:
+        limit = seconds_of(self.time) if self.time else None
+        if limit is not None and self.warn_s >= limit:
+            raise problem(
+                f"warn_s = {self.warn_s}: the run would be asked to save {self.warn_s} s before a limit of "
+                f"{limit} s (time = {self.time!r}), before it has begun; give less"
+            )
+        return self
+
     @field_validator("env")
     @classmethod
     def _variables(cls, env: dict[str, str | int]) -> dict[str, str | int]:
@@ -80,3 +90,16 @@ class Slurm(Section):
         if any("\0" in word for word in words):
             raise problem("a word cannot hold NUL")
         return words
+
+
+def seconds_of(limit: str) -> int | None:
+    """A time limit as Slurm reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours and what
+    may follow. None for what it takes besides, such as UNLIMITED.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        return None
+    days, first, second, third = (None if part is None else int(part) for part in found.groups())
+    if days is None and third is None:
+        return first * 60 + (second or 0)
+    return (days or 0) * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)

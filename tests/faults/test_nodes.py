@@ -140,8 +140,10 @@ def elastic(recipe: Path, port: int, node: int, nodes: str, procs: int = 1) -> L
 
 
 def test_an_elastic_run_begins_with_who_is_there_and_grows_and_shrinks(tmp_path: Path) -> None:
-    """Node 0 of 1:3 begins alone; node 2 comes, and is killed: node 0 goes on. The bits of a calm run."""
-    changes = {"train": {**EXACT, "max_steps": 800}, "eval": {"every_steps": 400}}
+    """Node 0 of 1:3 begins alone; node 2 comes, and is killed: node 0 goes on; node 2 comes back, and both go
+    on. The bits of a calm run.
+    """
+    changes = {"train": {**EXACT, "max_steps": 1200}, "eval": {"every_steps": 600}}
     calm = write_recipe(tmp_path / "calm", **changes)
     train_here(calm, 1)
     recipe = write_recipe(tmp_path, **changes, launch={"gather_s": 0.2})
@@ -153,11 +155,14 @@ def test_an_elastic_run_begins_with_who_is_there_and_grows_and_shrinks(tmp_path:
             os.kill(third.process.pid, signal.SIGKILL)
             assert third.finish() == -signal.SIGKILL
             third.assert_nobody_left()
-        assert finish([first]) == [0], first.output
-    assert [e["nodes"] for e in events(run, "nodes")] == [[0], [0, 2], [0]]
+        wait_for_event(run, "first_step", 3)
+        with elastic(recipe, port, 2, "1:3") as again:
+            assert finish([first, again]) == [0, 0], first.output + again.output
+    assert [e["nodes"] for e in events(run, "nodes")] == [[0], [0, 2], [0], [0, 2]]
     starts = events(run, "start")
-    assert [e["world_size"] for e in starts] == [1, 2, 1]
-    assert starts[1]["resumed_from"] == f"step-{events(run, 'stop')[0]['step']:08d}"
+    assert [e["world_size"] for e in starts] == [1, 2, 1, 2]
+    stops = [f"step-{e['step']:08d}" for e in events(run, "stop")]
+    assert [starts[1]["resumed_from"], starts[3]["resumed_from"]] == stops
     (failed,) = events(run, "rank_failed")
     assert (failed.get("rank"), failed["node"]) == (None, 2)
     assert f"[node 2] node 2 ({socket.gethostname()}) with rank 1 is lost" in first.output

@@ -59,10 +59,7 @@ def test_a_job_of_four_nodes(model: str, engine: str, four: TestCluster, tmp_pat
 @pytest.mark.timeout(300)
 def test_a_node_without_power_is_replaced_by_a_spare_one(four: TestCluster, tmp_path: Path) -> None:
     """Slurm starts the job again on the nodes that are left; no step that was saved is lost."""
-    recipe = write_recipe(
-        tmp_path, train={"max_steps": 1000, "reduction": "exact"}, eval={"every_steps": 1000}
-    )
-    run = four.submit(recipe)
+    run = four.submit(write_recipe(tmp_path, **LONG))
     wait_for_event(run, "save")
     place = four.say("squeue", "--noheader", "--format=%N")[1].strip()
     assert place == "node[1-2]"
@@ -83,8 +80,39 @@ def test_a_node_without_power_is_replaced_by_a_spare_one(four: TestCluster, tmp_
     assert [e["restarts"] for e in events(run, "job_start")] == [0, 1]
     assert [e["world_size"] for e in events(run, "start")] == [2, 2]
     assert "node2" not in {e["host"] for e in events(run, "launch")[2:]}
-    calm = write_recipe(
-        tmp_path / "calm", train={"max_steps": 1000, "reduction": "exact"}, eval={"every_steps": 1000}
-    )
+    check_bits(run, tmp_path / "calm")
+
+
+LONG: dict[str, Any] = {
+    "train": {"max_steps": 1000, "reduction": "exact"},
+    "eval": {"every_steps": 1000},
+    "launch": {"timeout_s": 5.0},
+}
+
+
+def check_bits(run: Path, folder: Path) -> None:
+    """They are those that one process computes undisturbed."""
+    calm = write_recipe(folder, **LONG)
     train_here(calm, 1)
     assert_same_bits(tensors_of(run), tensors_of(calm.parent / "run"))
+
+
+@pytest.mark.timeout(400)
+def test_a_node_whose_link_stays_cut_is_named_and_replaced_by_a_spare_one(
+    four: TestCluster, tmp_path: Path
+) -> None:
+    """It lives on, cut off, with a rank that nobody hears; nothing of the job is left on it in the end."""
+    run = four.submit(write_recipe(tmp_path, **LONG))
+    wait_for_event(run, "save")
+    four.control("link", "node2", "down")
+    try:
+        wait_for_event(run, "first_step", 2, timeout_s=200)
+        wait_until(lambda: not four.queue(), 150, "the job ends")
+        log = four.distdl("slurm", "logs", str(run))
+        assert "node 1 (node2) with rank 1 is lost" in log
+        assert "node2" not in {e["host"] for e in events(run, "launch")[2:]}
+        wait_until(lambda: not four.workers("node2"), 60, "the rank that was cut off ends")
+    finally:
+        four.control("link", "node2", "up")
+        wait_until(lambda: four.cluster.idle() == 4, 90, "the node is back")
+    check_bits(run, tmp_path / "calm")

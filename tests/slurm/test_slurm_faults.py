@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import select
 import subprocess
 import sys
@@ -104,10 +105,14 @@ def test_a_cancelled_job_saves_and_leaves_no_process(cluster: TestCluster, tmp_p
 def test_a_requeued_job_goes_on(cluster: TestCluster, tmp_path: Path, undisturbed: Any) -> None:
     run = cluster.submit(recipe_of(tmp_path))
     wait_for_event(run, "save")
+    facts = json.loads(cluster.distdl("slurm", "status", str(run), "--json"))
+    assert [row["state"] for row in facts["tasks"]] == ["RUNNING"]
     cluster.distdl("slurm", "requeue", str(run))
     wait_for_event(run, "job_start", 2)
     check_finished(cluster, run, undisturbed, 90)
     assert restarts(run) == [0, 1]
+    (log,) = (run / "slurm").glob("*.log")  # one, over all attempts
+    assert [f"restart {n}:" in log.read_text() for n in (0, 1, 2)] == [True, True, False]
     assert_no_step_lost_at_a_stop(run)
     assert "restarts 1, step 300, saved 300" in cluster.distdl("slurm", "status", str(run))
 

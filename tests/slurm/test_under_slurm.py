@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from distdl.record import read_lines
+from distdl.testing import assert_same_bits
+from tests.faults.support import tensors_of
 from tests.multiprocess.test_ways_in import PYTHON, TORCHRUN, TRAIN, check, computed_alone, small
-from tests.slurm.conftest import TestCluster, wait_until
+from tests.slurm.conftest import ROOT, TestCluster, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +69,52 @@ def test_submitted(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
     assert f"job {number}: exit code 0; over" in log
     assert f"job {number}" in cluster.distdl("slurm", "status", str(run))
     assert "exit code 0; over" in cluster.distdl("slurm", "logs", str(run))
+
+
+@pytest.mark.campaign
+def test_asked_to_stop_srun_ends_with_75(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
+    recipe, run = small(tmp_path), tmp_path / "run"
+    words = [*SRUN["srun train"], str(recipe)]
+    code, said = cluster.say("env", "DISTDL_FAIL_AT=1:train.step@1:USR1", *words)
+    assert code == 75, said
+    (stop,) = [e for e in read_lines(run / "events.jsonl") if e["event"] == "stop"]
+    assert stop["saved"] == stop["step"] < 4
+    code, said = cluster.say(*words)
+    assert code == 0, said
+    assert_same_bits(tensors_of(run), alone)
+
+
+@pytest.mark.campaign
+def test_names_and_values_arrive_as_they_are(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
+    """Through sbatch's directives, bash, srun and Slurm's own patterns for logs."""
+    folder = tmp_path / "a 'b' \"c\" 100% $(touch oops) `id` ;é"
+    recipe, run = small(folder), folder / "run"
+    odd = 'it\'s "so" $(touch oops)\n#SBATCH --nodes=99'
+    (tmp_path / "odd").write_text(odd)
+    keys = [f"launch.slurm.env={json.dumps({'ODD': odd})}"]
+    keys += ["launch.slurm.container=[env, 'X=a b']", f"launch.slurm.python={PYTHON}"]
+    keys += [f"launch.slurm.setup=['cmp {tmp_path}/odd <(printf %s \"$ODD\") && echo as it is']"]
+    said = cluster.distdl("launch", str(recipe), "--on", "slurm", "--nodes", "2", "--procs", "1", *keys)
+    assert said.splitlines()[-1] == f"run directory: {run}"
+    wait_until(lambda: not cluster.queue(), 60, "the job ends")
+    log = cluster.distdl("slurm", "logs", str(run))
+    check(run, alone, 2, log)
+    assert "as it is" in log
+    assert not [*ROOT.glob("oops"), *tmp_path.rglob("oops")]
+    assert "step 4, saved 4" in cluster.distdl("slurm", "status", str(run))
+
+
+@pytest.mark.campaign
+def test_two_jobs_on_the_same_nodes_do_not_meet(cluster: TestCluster, tmp_path: Path, alone: Any) -> None:
+    recipes = [small(tmp_path / name) for name in ("one", "two")]
+    for recipe in recipes:
+        keys = ["launch.slurm.cpus=1", "launch.slurm.setup=['sleep 3']"]  # so that both have begun
+        cluster.distdl("launch", str(recipe), "--on", "slurm", "--nodes", "2", "--procs", "1", *keys)
+    wait_until(lambda: cluster.queue() == ["RUNNING", "RUNNING"], 30, "both run")
+    wait_until(lambda: not cluster.queue(), 90, "the jobs end")
+    for recipe in recipes:
+        run = recipe.parent / "run"
+        check(run, alone, 2, "".join(path.read_text() for path in (run / "slurm").glob("*.log")))
 
 
 @pytest.mark.campaign

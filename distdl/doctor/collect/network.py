@@ -84,7 +84,9 @@ def is_local(address: str) -> bool:
 
 def cannot_listen(port: int) -> str | None:
     """Why nobody can listen on a port of this machine: who does already. None where one can."""
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as it:
+    # Not socket.has_ipv6, which is what Python was built with: the kernel may have none.
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as it:
         it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             it.bind(("", port))

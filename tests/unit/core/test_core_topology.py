@@ -56,7 +56,7 @@ RANK_3_OF_4: dict[str, Any] = {
     "local_world_size": 4,
     "launcher": "mpirun",
     "master_addr": "127.0.0.1",
-    "master_port": 15000 + sum(b"prterun-7") * 7 % 16000,
+    "master_port": 28964,
 }
 
 
@@ -324,6 +324,37 @@ def test_torchrun_in_every_task_of_srun_is_refused() -> None:
         EnvironmentProblem, match="srun started torchrun 6 times, and each forms a world of 2 nodes"
     ):
         read({**SRUN, **TORCHRUN})
+
+
+DEEPSPEED = {
+    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+    "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({**SRUN, **DEEPSPEED}, "srun started deepspeed 6 times, and each forms a world of 1 node by itself"),
+        ({**MPIRUN, **TORCHRUN}, "mpirun started torchrun 4 times, and each forms a world of 2 nodes"),
+        ({**SRUN, **MPIRUN, **TORCHRUN}, "mpirun started torchrun 4 times"),
+        ({**MPIRUN, **DEEPSPEED}, "mpirun started deepspeed 4 times"),
+    ],
+)
+def test_other_launchers_in_every_task_are_refused_too(env: dict[str, str], says: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=says):
+        read(env)
+
+
+def test_a_launcher_on_each_node_is_fine() -> None:
+    assert read({**SRUN, **DEEPSPEED, "SLURM_STEP_NUM_TASKS": "1"}).world_size == 2
+    assert read({**MPIRUN, **TORCHRUN, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}).rank == 5
+
+
+def test_jobs_of_mpirun_meet_at_ports_of_their_own() -> None:
+    names = [f"prterun-node1-{pid}@1" for pid in range(40_000, 40_100)]
+    ports = {read({**MPIRUN, "PMIX_NAMESPACE": name}).master_port for name in names}
+    assert len(ports) > 95
 
 
 def test_variables_left_over_from_a_smaller_try_are_refused() -> None:

@@ -22,19 +22,33 @@ from distdl.launch.place import Nodes
 from distdl.launch.slurm.profile import SHIPPED, find_profile, load_with_profile
 from distdl.launch.slurm.script import Job, directives, doctor_command, program, sbatch_text
 from distdl.recipe import load_recipe, recipe_hash
-from distdl.recipe.slurm import Slurm
+from distdl.recipe.slurm import Slurm, seconds_of
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = "configs/fashion_cnn.yaml"
 EXAMPLES: dict[str, tuple[str, int, list[str]]] = {
     "single_node": ("1", 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=2:00:00"]),
     "multi_node": ("2", 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=8:00:00"]),
-    "seeds": ("1", 1, ["launch.slurm.gpus=1", "launch.slurm.array=1-6%3", "launch.slurm.time=1:00:00"]),
+    "seeds": (
+        "1",
+        1,
+        [
+            "launch.slurm.gpus=1",
+            "launch.slurm.cpus=8",
+            "launch.slurm.array=1-6%3",
+            "launch.slurm.time=1:00:00",
+        ],
+    ),
     "elastic": ("1:4", 4, ["launch.slurm.gpus=4", "launch.slurm.cpus=32", "launch.slurm.time=8:00:00"]),
     "preemptible": (
         "1",
         4,
-        ["launch.slurm.gpus=4", "launch.slurm.partition=preempt", "launch.slurm.warn_s=300"],
+        [
+            "launch.slurm.gpus=4",
+            "launch.slurm.cpus=32",
+            "launch.slurm.partition=preempt",
+            "launch.slurm.warn_s=300",
+        ],
     ),
 }
 """slurm/NAME.sbatch: nodes, processes a node, overrides."""
@@ -213,11 +227,42 @@ def test_a_directive_holds_one_value(account: str, constraint: str, run: str) ->
         ("launch.slurm.env={A-B: x}", "expected a name of letters"),
         ("launch.slurm.partitoin=gpu", "did you mean 'partition'"),
         ("launch.slurm.profile=nowhere", "no such profile; known: cpu"),
+        ("launch.slurm.time='2'", "asked to save 120 s before a limit of 120 s"),
     ],
 )
 def test_what_slurm_could_not_be_told_is_refused(override: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=says):
         load_with_profile(str(ROOT / CONFIG), [override], {"XDG_CONFIG_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("1-12:30:01", 131_401),
+        ("UNLIMITED", None),
+    ],
+)
+def test_a_time_limit_as_slurm_reads_it(time: str, seconds: int | None) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--rendezvous", "a:1"], "--rendezvous goes with --on here or --on ssh"),
+        (["--node-rank", "0"], "--node-rank goes with --on here"),
+        (["--hostfile", "hosts"], "--hostfile goes with --on ssh"),
+    ],
+)
+def test_options_that_would_mean_nothing_are_refused(words: list[str], says: str, tmp_path: Path) -> None:
+    code, said = on_login_node("--dry-run", *words, tmp_path=tmp_path)
+    assert code == 2
+    assert says in " ".join(said.split())
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b"])
