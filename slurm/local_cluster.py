@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -91,7 +92,21 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"missing: {', '.join(absent)}; on Debian or Ubuntu: apt-get install {' '.join(PACKAGES)}"
-    return ""
+    return _not_allowed()
+
+
+@functools.cache
+def _not_allowed() -> str:
+    """Why root here may not do what a cluster needs, as in most containers; empty where it may."""
+    script = (
+        "ip link add one type veth peer name two && ip link add br0 type bridge && "
+        "mount -t tmpfs none /dev/shm"
+    )
+    words = ["unshare", *NAMESPACES, "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    return f"root may not make namespaces, networks or mounts here: {done.stderr.strip()}"
 
 
 class Cluster:

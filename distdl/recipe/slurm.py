@@ -99,7 +99,7 @@ def seconds_of(limit: str) -> int | None:
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if found is None:
         return None
-    days, first, second, third = (None if part is None else int(part) for part in found.groups())
-    if days is None and third is None:
-        return first * 60 + (second or 0)
-    return (days or 0) * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:
+        return first * 60 + second
+    return days * 86400 + first * 3600 + second * 60 + third
