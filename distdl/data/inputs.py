@@ -83,6 +83,7 @@ def open_inputs(given: Path, like: Ready, wanted: Wanted, scratch: Path, split: 
             f"--input {given} has no column {', '.join(missing)}, which the task reads; it has "
             f"{', '.join(opened.info.fields)}"
         )
+    _check_bands(opened, like, wanted)
     there = opened.info.fields
     kept = [n for n, f in there.items() if n in wanted.inputs or wanted.fields.get(n) == f]
     rows: Any = open_split(opened, _split(opened, split, given), kept)
@@ -101,9 +102,10 @@ def _place(given: Path, wanted: Wanted, scratch: Path) -> tuple[Path, list[str] 
     together with the file that each row is.
     """
     found = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
-    media = [p for p in found if p.suffix.lower() in (*IMAGES, *SOUNDS)]
     column = wanted.inputs[0]
     field = wanted.fields[column]
+    suffixes = SOUNDS if _is_series(field) else IMAGES
+    media = [p for p in found if p.suffix.lower() in suffixes]
     scratch.mkdir(parents=True, exist_ok=True)
     if media:
         return _written(column, paths(media), medium(media)[1], scratch), [str(p) for p in media]
@@ -187,6 +189,21 @@ def _check_tokens(opened: Ready, like: Ready, fields: Mapping[str, Field]) -> No
             f"{opened.folder} was not tokenised with {ours}: its numbers mean other tokens. Prepare it with "
             f"--tokenizer {ours}, or give the text itself as --input"
         )
+
+
+def _check_bands(opened: Ready, like: Ready, wanted: Wanted) -> None:
+    """Bands of sound mean the same frequencies only if both were prepared alike. Raises DataError."""
+    if like.index is None or opened.index is None or not _is_series(wanted.fields[wanted.inputs[0]]):
+        return
+    ours, theirs = (index.prepared.get("options", {}) for index in (like.index, opened.index))
+    for name in ("sample_rate", "mels"):
+        if ours.get(name) != theirs.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(
+                f"{opened.folder} was prepared with {option} {theirs.get(name, 'left out')}, and the dataset "
+                f"that was trained on with {ours.get(name, 'it left out')}: prepare it alike, or give the "
+                "sounds themselves as --input"
+            )
 
 
 def _fitted(name: str, column: npt.NDArray[Any] | Ragged, field: Field) -> npt.NDArray[Any] | Ragged:

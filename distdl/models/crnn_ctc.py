@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distdl.errors import RecipeError
 from distdl.models.lstm import RecurrentLayer, mirrored
 
 _POOLS = ((2, 2), (2, 2), (2, 1))
@@ -43,6 +44,11 @@ class CrnnCtc(nn.Module):
         super().__init__()
         height = features if input_shape is None else input_shape[1]
         assert height is not None, "an image, or numbers over time"
+        if height < 8:
+            raise RecipeError(
+                f"model.name = 'crnn_ctc' makes what it reads smaller by 8 in height, and this has {height} "
+                "rows or bands: give images of 8 rows or more, or --mels 8 or more"
+            )
         norm = nn.BatchNorm2d if features is None else ChannelNorm
         channels = [in_channels, width, 2 * width, 4 * width]
         self.convolutions = nn.Sequential(

@@ -43,7 +43,7 @@ class Transcription:
         self._standardise = standardise
         fields = data_info.fields
         images = [n for n, f in fields.items() if is_image(f)]
-        series = [n for n, f in fields.items() if is_series(f) and len(f.shape) == 2]
+        series = [] if images else [n for n, f in fields.items() if is_series(f) and len(f.shape) == 2]
         symbols = token_columns(data_info)
         if len(images) + len(series) != 1 or len(symbols) != 1:
             raise DataError(
@@ -82,6 +82,9 @@ class Transcription:
         }
         self._check_room(batch)
         return batch
+
+    def collate_inputs(self, rows: Rows) -> Batch:
+        return self._inputs(rows[self._input])
 
     def count(self, batch: Batch) -> int:
         return batch["lengths"].shape[0]
@@ -138,9 +141,13 @@ class Transcription:
                 f"a row of column {self._input!r} is too short for its string: it is {int(steps[row])} steps "
                 f"of the model ({self._inputs_per_step} of its columns or frames each), and the "
                 f"{int(lengths[row])} symbols in column {self._symbols!r}, one step each and one between two "
-                f"that are alike, need {int(needs[row])}: {symbols[row, : lengths[row]].tolist()[:20]}. "
-                "Leave such rows out"
+                f"that are alike, need {int(needs[row])}: {self._shown(symbols[row, : lengths[row]])}. "
+                "Leave such rows out of the files that the dataset is prepared from"
             )
+
+    def _shown(self, symbols: Tensor) -> str:
+        """For a person to find the row by."""
+        return repr(self._decode(symbols.tolist())) if self._decode else str(symbols.tolist()[:20])
 
     @staticmethod
     def _called(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -149,7 +156,7 @@ class Transcription:
             logits, steps = model(batch["series"], batch["series_lengths"])
             return logits, steps
         logits = model(batch["images"])
-        return logits, batch["lengths"].new_full((len(logits),), logits.shape[1])
+        return logits, torch.full((len(logits),), logits.shape[1], device=logits.device)
 
     def _found(self, logits: Tensor, steps: Tensor) -> list[list[int]]:
         best = zip(logits.argmax(2).tolist(), steps.tolist(), strict=True)

@@ -70,9 +70,13 @@ def to_program(
 
 
 def _free_rows(args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Any number of rows (dimension 0), and for tokens any length, where the model allows it."""
+    """Any number of rows (dimension 0), and for tokens, and series that come with lengths, any length, where
+    the model allows it.
+    """
     auto = torch.export.Dim.AUTO
-    return tuple(dict.fromkeys(range(arg.ndim if arg.ndim == 2 else 1), auto) for arg in args)
+    with_lengths = any(arg.ndim == 1 for arg in args)
+    long = [arg.ndim == 2 or (arg.ndim == 3 and with_lengths) for arg in args]
+    return tuple(dict.fromkeys(range(2 if is_long else 1), auto) for is_long in long)
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def decode_column(column: pa.Array, name: str, picture: Picture, where: RowName)
     """struct<bytes, path> -> uint8 [H, W] or [H, W, 3]. Raises DataError where two sizes meet."""
     images: list[npt.NDArray[np.uint8]] = []
     for row, value in enumerate(column):
-        label = f"column {name!r}, {where(row)}"
+        label = _label(name, where(row), value.as_py())
         images.append(
             decode_image(file_bytes(value.as_py(), label), label, grey=picture.grey, size=picture.size)
         )
@@ -196,11 +196,16 @@ def hear_column(column: pa.Array, name: str, sound: Sound, where: RowName) -> pa
     """struct<bytes, path> -> lists of `sound.mels` float16, one a frame. Raises DataError."""
     heard: list[npt.NDArray[np.float16]] = [np.zeros((0, sound.mels), np.float16)]
     for row, value in enumerate(column):
-        label = f"column {name!r}, {where(row)}"
+        label = _label(name, where(row), value.as_py())
         samples, rate = decode_sound(file_bytes(value.as_py(), label), label)
         heard.append(log_mel(samples, rate, sound, label))
     ends = np.cumsum([len(one) for one in heard]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), to_fixed_lists(np.concatenate(heard)))
+
+
+def _label(name: str, row: str, value: Any) -> str:
+    path = value.get("path") if isinstance(value, Mapping) else None
+    return f"column {name!r}, {row}" + (f" ({path})" if path else "")
 
 
 def size_error(name: str, first: Sequence[int], there: str, other: Sequence[int], here: str) -> DataError:

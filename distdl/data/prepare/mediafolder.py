@@ -7,13 +7,14 @@ their names in `file_name` and whatever is known of each in other columns (as th
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 
 from distdl.data.folders import Splits
 from distdl.data.huggingface import class_label, feature_of, with_features
@@ -22,6 +23,7 @@ from distdl.errors import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 METADATA = ("metadata.csv", "metadata.jsonl")
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 FILE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
 _ROWS = 10_000
 
@@ -46,20 +48,53 @@ def class_tables(splits: Splits) -> tuple[pa.Schema, dict[str, Iterator[pa.Table
 
 
 def find_described(folder: Path) -> Splits:
-    """SPLIT/metadata.csv (or .jsonl), or one in `folder` itself, which is all "train"; and the files named
-    in it, after it. Raises DataError.
+    """SPLIT/metadata.csv (or .jsonl), or one in `folder` itself, which is all "train" unless all its files
+    lie in folders called as splits are; of each split the metadata, and the files named in it. Raises
+    DataError.
     """
     found: Splits = {}
     for name in METADATA:
-        for file in [folder / name, *sorted(folder.glob(f"*/{name}"))]:
-            if file.is_file():
-                split = "train" if file.parent == folder else file.parent.name
+        for file in [folder / name, *sorted(folder.glob(f"[!.]*/{name}"))]:
+            if not file.is_file() or not _describes(file):
+                continue
+            for split, paths in _by_split(file, _named(file, _read(file)), file.parent == folder).items():
                 if split in found:
                     raise DataError(f"split {split!r} has {found[split][0]} and {file}; keep one of them")
-                found[split] = [file]
-    for files in found.values():
-        files.extend(_named(files[0], _read(files[0])))
+                found[split] = [file, *paths]
+    for other in sorted(folder.glob("[!.]*/")) if found else ():
+        if other.is_dir() and other.name not in found and "train" not in found and _has_media(other):
+            raise DataError(f"{other} holds images or sounds and has no metadata, which other splits have")
     return found
+
+
+def _describes(file: Path) -> bool:
+    """Whether it is about files; a table of another kind is left to who reads tables. Raises DataError where
+    it lies among images or sounds and does not name them.
+    """
+    if "file_name" in _read(file).column_names:
+        return True
+    if _has_media(file.parent):
+        raise DataError(
+            f"{file} lies among images or sounds, and has no column file_name with their names; it has "
+            f"{', '.join(_read(file).column_names)}"
+        )
+    return False
+
+
+def _has_media(folder: Path) -> bool:
+    return any(file.suffix.lower() in (*IMAGES, *SOUNDS) for file in folder.rglob("*"))
+
+
+def _by_split(file: Path, paths: list[Path], root: bool) -> Splits:
+    if not root:
+        return {file.parent.name: paths}
+    first = [path.relative_to(file.parent).parts[0] for path in paths]
+    if not set(first) <= set(SPLITS):
+        return {"train": paths}
+    splits: Splits = {}
+    for split, path in zip(first, paths, strict=True):
+        splits.setdefault(split, []).append(path)
+    return splits
 
 
 def described_tables(splits: Splits) -> tuple[pa.Schema, dict[str, Iterator[pa.Table]]]:
@@ -68,20 +103,28 @@ def described_tables(splits: Splits) -> tuple[pa.Schema, dict[str, Iterator[pa.T
     tables: dict[str, Iterator[pa.Table]] = {}
     schema: pa.Schema | None = None
     for split, (file, *files) in splits.items():
-        known = _read(file).drop_columns(["file_name"])
+        table = _read(file)
+        mine = [path in set(files) for path in _named(file, table)]
+        known = table.filter(pa.array(mine)).drop_columns(["file_name"])
         if column in known.column_names:
             raise DataError(f"{file} has a column {column!r}, which the files themselves are; rename it")
-        features = {column: feature} | {f.name: feature_of(f.type) for f in known.schema}
-        mine = with_features(pa.schema([pa.field(column, FILE), *known.schema]), features)
-        if schema is not None and not mine.equals(schema):
-            raise DataError(
-                f"{file} has columns {known.column_names}, and another split "
-                f"{[n for n in schema.names if n != column]}, or of another type; make them alike"
-            )
-        schema = mine
-        tables[split] = iter([pa.table([paths(files), *known.columns], schema=schema)])
+        if schema is None:
+            features = {column: feature} | {f.name: feature_of(f.type) for f in known.schema}
+            schema = with_features(pa.schema([pa.field(column, FILE), *known.schema]), features)
+        names = [name for name in schema.names if name != column]
+        if {*known.column_names} != {*names}:
+            raise DataError(f"{file} has columns {known.column_names}, and another split {names}")
+        columns = [paths(files), *(_as(known, name, schema.field(name).type, file) for name in names)]
+        tables[split] = iter([pa.table(columns, schema=schema)])
     assert schema is not None, "called where there is metadata"
     return schema, tables
+
+
+def _as(table: pa.Table, name: str, kind: pa.DataType, file: Path) -> pa.ChunkedArray:
+    try:
+        return table.column(name).cast(kind)
+    except pa.ArrowException as error:
+        raise DataError(f"{file}, column {name!r}: {error}; it is {kind} in another split") from error
 
 
 def medium(files: list[Path]) -> tuple[str, Any]:
@@ -101,33 +144,41 @@ def paths(files: list[Path]) -> pa.Array:
 def _read(file: Path) -> pa.Table:
     try:
         if file.suffix == ".jsonl":
-            table = pyarrow.json.read_json(file)
-        else:
-            with pyarrow.csv.open_csv(file) as head:
-                text = dict.fromkeys(head.schema.names, pa.string())  # "0042" is no number
-            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-            parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            table = pyarrow.csv.read_csv(file, convert_options=options, parse_options=parse)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: {error}") from error
-    names = table.column("file_name") if "file_name" in table.column_names else None
-    if names is None or not len(names) or not pa.types.is_string(names.type) or names.null_count:
-        raise DataError(
-            f"{file} needs a column file_name with a name in every row; it has "
-            f"{', '.join(table.column_names)} and {table.num_rows} rows"
-        )
-    return table
+            lines = file.read_text(encoding="utf-8").splitlines()
+            # Not Arrow's reader, which makes times of text that looks like one.
+            return pa.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
+        with pyarrow.csv.open_csv(file) as head:
+            text = dict.fromkeys(head.schema.names, pa.string())  # "0042" is no number
+        options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+        parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        return pyarrow.csv.read_csv(file, convert_options=options, parse_options=parse)
+    except (pa.ArrowException, UnicodeDecodeError, ValueError, AttributeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _named(file: Path, table: pa.Table) -> list[Path]:
-    folder, found = file.parent.resolve(), []
-    for name in table.column("file_name").to_pylist():
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
+    if table.column_names.count("file_name") != 1:
+        raise DataError(f"{file} has two columns file_name")
+    names = table.column("file_name")
+    if not len(names) or not pa.types.is_string(names.type) or names.null_count:
+        raise DataError(f"{file} needs a name in file_name in every row; it has {table.num_rows} rows")
+    found = []
+    for name in names.to_pylist():
+        # By its words alone: a file may be a link to wherever a cache keeps it.
+        path = Path(os.path.normpath(name))
+        if path.is_absolute() or path.parts[:1] == ("..",):
             raise DataError(f"{file} names {name!r}, which lies outside its folder")
         if path.suffix.lower() not in (*IMAGES, *SOUNDS):
             raise DataError(f"{file} names {name!r}; expected one of {', '.join((*IMAGES, *SOUNDS))}")
-        if not path.is_file():
+        path = file.parent / path
+        if not _is_file(path):
             raise DataError(f"{file} names {name!r}, and there is no such file beside it")
         found.append(path)
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL in it
+        return False

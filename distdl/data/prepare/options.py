@@ -52,7 +52,9 @@ class Options:
 
     def mathematics(self) -> dict[str, Any]:
         """The options that decide what comes out, as JSON; how it is made is left out."""
-        how = ("workers", "overwrite", "wait")
+        how = ["workers", "overwrite", "wait"]
+        # Not at their defaults: what was prepared before they were there is to be known again.
+        how += [name for name in ("sample_rate", "mels") if getattr(self, name) == getattr(Options, name)]
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in how}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}
 

@@ -162,7 +162,7 @@ def _make_shards(
 def _prepared(given: str, found: Found, options: Options, records: dict[str, list[Record]]) -> dict[str, Any]:
     """For a person to read. No date: the same source and options give the same bytes."""
     default = Options().mathematics()
-    chosen = {k: v for k, v in options.mathematics().items() if v != default[k]}
+    chosen = {k: v for k, v in options.mathematics().items() if v != default.get(k)}
     cut = {split: sum(r.cut for r in found) for split, found in records.items()} if options.max_tokens else {}
     return {
         "source": given,

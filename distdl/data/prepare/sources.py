@@ -130,13 +130,16 @@ def _layouts(folder: Path) -> Iterator[Found]:
         for file in series:
             splits.setdefault(_ts_split(file), []).append(file)
         yield Found("ts", splits, folder)
+    tables = False
     for kind in ("parquet", "csv", "json", "text"):
         if files_in(folder, _SUFFIXES[kind]) or files_in(folder / "data", _SUFFIXES[kind]):
+            tables = True
             yield Found(kind, split_files(folder, _SUFFIXES[kind]), folder)
-    for suffixes in (IMAGES, SOUNDS):
-        media = _class_splits(folder, suffixes)
-        if media:
-            yield Found("classes", media, folder)
+    images = _class_splits(folder, IMAGES)
+    if images:
+        yield Found("imagefolder", images, folder)
+    if not tables and (sounds := _class_splits(folder, SOUNDS)):  # a table may name sounds that lie about
+        yield Found("soundfolder", sounds, folder)
 
 
 def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
@@ -150,6 +153,11 @@ def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
         return splits
     if depths == {2}:
         return {"train": found}
+    if depths == {1}:
+        raise DataError(
+            f"{folder} holds {found[0].name} and others without a folder for their class: expected "
+            "CLASS/file or SPLIT/CLASS/file, or a metadata.csv that names them"
+        )
     if depths:
         raise DataError(
             f"{folder} holds images or sounds at different depths ({', '.join(str(f) for f in found[:3])}); "
@@ -216,7 +224,7 @@ def _tables(
         read = {split: [read_ts(file) for file in files] for split, files in found.files.items()}
         schema = ts_schema([file for files in read.values() for file in files])
         return schema, {s: iter([ts_table(file, schema) for file in files]) for s, files in read.items()}
-    if found.kind == "classes":
+    if found.kind in ("imagefolder", "soundfolder"):
         return class_tables(found.files)
     if found.kind == "described":
         return described_tables(found.files)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import soundfile
 
 from distdl.data.dataset import ShardedDataset
+from distdl.data.prepare import sound
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.data.prepare.sound import Sound, _hertz, _mel, decode_sound, log_mel
@@ -88,7 +88,7 @@ def test_frames() -> None:
     assert log_mel(tone(440, seconds=0.001), 16_000, SPEECH).shape == (1, 80)
     silent = log_mel(np.zeros(800, np.float32), 16_000, SPEECH)
     assert np.isfinite(silent).all()
-    with pytest.raises(DataError, match=r"a row has 8000 samples a second.*give --sample-rate 8000"):
+    with pytest.raises(DataError, match="has 8000 samples.*prepare all with --sample-rate 8000"):
         log_mel(tone(440, 8000), 8000, SPEECH)
 
 
@@ -161,35 +161,118 @@ def test_tables_with_encoded_sounds(tmp_path: Path) -> None:
         assert index.info().fields["voice"].shape == (None, 8), name
 
 
-Spoil = Callable[[Path], object]
+CSV, JSONL = "metadata.csv", "metadata.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("files", "said"),
     [
-        (lambda d: (d / "metadata.csv").write_text("name\na.wav\n"), "needs a column file_name"),
-        (lambda d: (d / "metadata.csv").write_text("file_name\n"), "needs a column file_name.*0 rows"),
-        (lambda d: (d / "metadata.csv").write_text("file_name\nb.wav\n"), "no such file beside it"),
-        (lambda d: (d / "metadata.csv").write_text("file_name\n../a.wav\n"), "lies outside its folder"),
-        (lambda d: (d / "metadata.csv").write_text("file_name\na.txt\n"), "expected one of .png"),
-        (lambda d: (d / "metadata.csv").write_text("file_name,audio\na.wav,x\n"), "has a column 'audio'"),
-        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": 3}\n'), "needs a column file_name"),
-        (lambda d: (d / "metadata.jsonl").write_text("{\n"), "metadata.jsonl"),
-        (lambda d: (d / f"metadata.{'jsonl'}").write_text('{"file_name": "a.wav"}\n'), "keep one"),
-        (lambda d: (d / "a.wav").write_bytes(b"hello"), "not a sound that soundfile can read"),
-        (lambda d: (d / "a.wav").write_bytes(encoded(tone(300, 8000), 8000)), "--sample-rate 8000"),
+        ({CSV: "name\na.wav\n"}, "has no column file_name with their names; it has name"),
+        ({CSV: "file_name\n"}, "it has 0 rows"),
+        ({CSV: "file_name\nb.wav\n"}, "no such file beside it"),
+        ({CSV: "file_name\n../a.wav\n"}, "lies outside its folder"),
+        ({CSV: "file_name\n/etc/a.wav\n"}, "lies outside its folder"),
+        ({CSV: f"file_name\n{'a' * 300}.wav\n"}, "no such file beside it"),
+        ({CSV: "file_name\na.txt\n"}, "expected one of .png"),
+        ({CSV: "file_name,audio\na.wav,x\n"}, "has a column 'audio'"),
+        ({CSV: "file_name,file_name\na.wav,a.wav\n"}, "cannot be read|two columns file_name"),
+        ({CSV: "file_name\na.wav\n", JSONL: '{"file_name": "a.wav"}\n'}, "keep one"),
+        ({JSONL: '{"file_name": 3}\n'}, "needs a name in file_name in every row"),
+        ({JSONL: "{\n"}, "metadata.jsonl cannot be read"),
+        ({JSONL: '{"file_name": "a\\u0000.wav"}\n'}, "no such file beside it"),
+        ({CSV: "file_name\na.wav\n", "a.wav": b"hello"}, r"a\.wav\) is not a sound that soundfile can read"),
+        ({CSV: "file_name\na.wav\n", "a.wav": encoded(tone(300, 8000), 8000)}, "--sample-rate 8000"),
+        ({}, "without a folder for their class"),
     ],
 )
-def test_bad_folders(tmp_path: Path, spoil: Spoil, said: str) -> None:
-    form = "metadata.jsonl" if "metadata.jsonl" in spoil.__code__.co_consts else "metadata.csv"
+def test_bad_folders(tmp_path: Path, files: dict[str, str | bytes], said: str) -> None:
     write(tmp_path / "in", {"a.wav": 300})
-    (tmp_path / "in" / form).write_text(
-        "file_name\na.wav\n" if form.endswith("csv") else '{"file_name": "a.wav"}\n'
-    )
-    spoil(tmp_path / "in")
+    for name, content in files.items():
+        (tmp_path / "in" / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError, match=said):
         prepare(str(tmp_path / "in"), tmp_path / "out", Options())
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_are_no_numbers_are_refused() -> None:
+    out = io.BytesIO()
+    soundfile.write(out, np.array([0.0, np.nan], np.float32), 16_000, format="WAV", subtype="FLOAT")
+    with pytest.raises(DataError, match="row 1 is a sound with samples that are not finite"):
+        decode_sound(out.getvalue(), "row 1")
+
+
+def test_more_bands_than_there_are_frequencies_are_refused() -> None:
+    with pytest.raises(DataError, match="--mels 400 is more than a spectrum up to 8000 Hz has room for"):
+        log_mel(tone(440), 16_000, Sound(16_000, 400))
+
+
+def test_a_long_sound_is_heard_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = log_mel(tone(440, seconds=1), 16_000, SPEECH)
+    monkeypatch.setattr(sound, "_BLOCK_FRAMES", 7)
+    monkeypatch.setattr(sound, "_BLOCK_SAMPLES", 1001)
+    samples, rate = decode_sound(encoded(tone(440, seconds=1)), "row 1")
+    assert samples == pytest.approx(tone(440, seconds=1), abs=1e-3)
+    assert log_mel(tone(440, seconds=1), rate, SPEECH) == pytest.approx(whole, abs=0.02)
+
+
+def test_mpeg_is_known_by_its_beginning() -> None:
+    assert sound.is_sound(encoded(tone(440), form="MP3"))
+    assert not sound.is_sound(b"\xff\xd8\xff\xe0")  # a JPEG
+
+
+def test_metadata_at_the_root_of_split_folders(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"train/a.wav": 300, "test/b.wav": 600, "train/c.wav": 400})
+    (tmp_path / "in" / CSV).write_text("file_name,said\ntrain/a.wav,one\ntest/b.wav,two\ntrain/c.wav,three\n")
+    index = prepare(str(tmp_path / "in"), tmp_path / "out", Options(mels=8, classes=("said",)))
+    assert index.info().rows == {"train": 2, "test": 1}
+    names = index.info().fields["said"].classes
+    found = {s: ShardedDataset(str(tmp_path / "out"), split=s)[:9]["said"] for s in ("train", "test")}
+    assert {s: [names[i] for i in labels] for s, labels in found.items()} == {
+        "train": ["one", "three"],
+        "test": ["two"],
+    }
+
+
+def test_splits_without_labels_or_in_another_order(tmp_path: Path) -> None:
+    for split, text in {"train": "file_name,a,b\nx.wav,1,2\n", "test": "b,file_name,a\n2,x.wav,1\n"}.items():
+        write(tmp_path / "in" / split, {"x.wav": 300})
+        (tmp_path / "in" / split / CSV).write_text(text)
+    prepare(str(tmp_path / "in"), tmp_path / "out", Options(mels=8))
+    (tmp_path / "in" / "test" / CSV).write_text("file_name,a\nx.wav,1\n")
+    with pytest.raises(DataError, match=r"has columns \['a', 'b'\], and another split \['a'\]"):
+        prepare(str(tmp_path / "in"), tmp_path / "again", Options(mels=8))
+
+
+def test_a_split_without_metadata_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"test/a.wav": 300, "valid/low/b.wav": 300})
+    (tmp_path / "in" / "test" / CSV).write_text("file_name\na.wav\n")
+    with pytest.raises(DataError, match="valid holds images or sounds and has no metadata"):
+        prepare(str(tmp_path / "in"), tmp_path / "out", Options())
+
+
+def test_files_may_be_links(tmp_path: Path) -> None:
+    write(tmp_path / "cache", {"blob.wav": 300})
+    (tmp_path / "in").mkdir()
+    (tmp_path / "cache" / "blob.wav").rename(tmp_path / "cache" / "blob")
+    (tmp_path / "in" / "a.wav").symlink_to(tmp_path / "cache" / "blob")
+    (tmp_path / "in" / CSV).write_text("file_name\na.wav\n")
+    assert prepare(str(tmp_path / "in"), tmp_path / "out", Options()).info().rows == {"train": 1}
+
+
+@pytest.mark.parametrize("beside", [CSV, "train.csv"])
+def test_tables_stay_tables(tmp_path: Path, beside: str) -> None:
+    """Metadata that name no files, and tables beside sounds, are what they were before there was sound."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / beside).write_text("a,b\n1,2\n")
+    if beside == "train.csv":
+        write(tmp_path / "in", {"clips/x.wav": 300})
+    fields = prepare(str(tmp_path / "in"), tmp_path / "out", Options()).info().fields
+    assert set(fields) == {"a", "b"}
+
+
+def test_what_was_prepared_before_is_known_again() -> None:
+    assert not {"sample_rate", "mels"} & set(Options().mathematics())
+    assert Options(mels=40).mathematics()["mels"] == 40
 
 
 def test_images_and_sounds_do_not_mix(tmp_path: Path) -> None:
