@@ -34,7 +34,7 @@ TRAIN = ["-m", "distdl", "train"]
 
 
 PLANS: dict[int, dict[str, Any]] = {}
-"""World size -> the plan of the first run of that size, the number of machines left out."""
+"""World size -> its plan, the number of machines left out."""
 
 
 def small(folder: Path) -> Path:
@@ -47,10 +47,17 @@ def small(folder: Path) -> Path:
     )
 
 
+def plan_of(run: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((run / "attempts" / "0001" / "plan.json").read_text())
+    return plan | {"nodes": 1}
+
+
 def computed_alone(folder: Path) -> Any:
-    """What one process computes."""
-    recipe = small(folder)
-    train_here(recipe, 1)
+    """What one process computes; and `PLANS`, without any launcher."""
+    for size in (2, 1):
+        recipe = small(folder / str(size))
+        train_here(recipe, size)
+        PLANS[size] = plan_of(recipe.parent / "run")
     return tensors_of(recipe.parent / "run")
 
 
@@ -62,9 +69,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def check(run: Path, alone: Any, world: int, said: str) -> None:
     events = read_lines(run / "events.jsonl")
     assert [e["world_size"] for e in events if e["event"] == "start"] == [world], said
-    plan = json.loads((run / "attempts" / "0001" / "plan.json").read_text())
+    plan = plan_of(run)
     assert (plan["world_size"], plan["shares"]) == (world, [2 // world] * world)
-    assert PLANS.setdefault(world, plan | {"nodes": 1}) == plan | {"nodes": 1}  # of every way, the same
+    assert plan == PLANS[world]
     assert events[-1]["event"] in ("done", "job_end"), said
     assert_same_bits(tensors_of(run), alone)
 

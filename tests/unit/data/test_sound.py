@@ -88,7 +88,7 @@ def test_frames() -> None:
     assert log_mel(tone(440, seconds=0.001), 16_000, SPEECH).shape == (1, 80)
     silent = log_mel(np.zeros(800, np.float32), 16_000, SPEECH)
     assert np.isfinite(silent).all()
-    with pytest.raises(DataError, match="has 8000 samples.*prepare all with --sample-rate 8000"):
+    with pytest.raises(DataError, match=r"has 8000 samples.*prepare all with --sample-rate 8000"):
         log_mel(tone(440, 8000), 8000, SPEECH)
 
 
