@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -414,6 +415,157 @@ def checkpoints_of_another_model(bench: Bench) -> Iterator[Job]:
     yield Job(write_recipe(bench.folder, model={"width": 8}))
 
 
+# --- written last ---
+
+
+@seed
+def interface_that_leads_nowhere(bench: Bench) -> Iterator[Job]:
+    with ExitStack() as stack:
+        for node in NODES:
+            bench.done(node, "ip", "link", "add", "docker0", "type", "bridge")
+            stack.callback(bench.done, node, "ip", "link", "del", "docker0")
+            bench.done(node, "ip", "address", "add", "172.17.0.1/16", "dev", "docker0")
+            bench.done(node, "ip", "link", "set", "docker0", "up")
+        yield Job(write_recipe(bench.folder), {"GLOO_SOCKET_IFNAME": "docker0"})
+
+
+@seed
+def cloned_with_its_name(bench: Bench) -> Iterator[Job]:
+    try:
+        bench.done("node2", "hostname", "node1")
+        yield Job(write_recipe(bench.folder))
+    finally:
+        bench.done("node2", "hostname", "node2")
+
+
+@seed
+def port_drawn_by_each_task(bench: Bench) -> Iterator[Job]:
+    # For $((20000 + RANDOM % 10000)), which might draw the same twice.
+    yield Job(write_recipe(bench.folder), before="export MASTER_PORT=$((29500 + SLURM_PROCID))")
+
+
+@seed
+def old_library_in_the_path(bench: Bench) -> Iterator[Job]:
+    # To the loader it is a libstdc++ without the versions that are asked for, as one of an old compiler is.
+    (bench.folder / "lib64").mkdir()
+    some = re.search(r"/\S*/libm(-[\d.]+)?\.so\S*", Path("/proc/self/maps").read_text())
+    assert some, "Python itself has loaded this one"
+    shutil.copy(some[0], bench.folder / "lib64" / "libstdc++.so.6")
+    path = f"export LD_LIBRARY_PATH='{bench.folder / 'lib64'}'"
+    yield Job(write_recipe(bench.folder), before=f'test "$SLURMD_NODENAME" = node1 || {path}')
+
+
+@seed
+def another_torch_on_one_node(bench: Bench) -> Iterator[Job]:
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    installed, other = Path(spec.origin).parents[1], bench.folder / "other"
+    here = version("torch")
+    major, minor, _ = here.split(".", 2)
+    older = f"{major}.{int(minor) - 1}.1"
+    (metadata,) = installed.glob("torch-*.dist-info/METADATA")
+    for file, before, after in (
+        (installed / "torch" / "version.py", f"__version__ = '{here}'", f"__version__ = '{older}'"),
+        (metadata, f"\nVersion: {here}\n", f"\nVersion: {older}\n"),
+    ):
+        text = file.read_text()
+        assert before in text
+        copy = other / file.relative_to(installed)
+        copy.parent.mkdir(parents=True)
+        copy.write_text(text.replace(before, after))
+    layers = f"lowerdir={other}:{installed}"
+    with bench.mounted("node2", installed, "-t", "overlay", "-o", layers, "overlay"):
+        yield Job(write_recipe(bench.folder))
+
+
+@seed
+def recipe_changed_on_one_node(bench: Bench) -> Iterator[Job]:
+    recipe = write_recipe(bench.folder)
+    older = write_recipe(bench.folder / "older", optim={"lr": 0.2}, run={"dir": str(bench.folder / "run")})
+    with bench.mounted("node2", recipe, "--bind", str(older)):
+        yield Job(recipe)
+
+
+@seed
+def no_more_files(bench: Bench) -> Iterator[Job]:
+    # Room for the run directory and two files in it. What is set of a tmpfs holds wherever it is mounted.
+    found = os.statvfs(bench.disk)
+    limit = found.f_files - found.f_ffree + 3
+    try:
+        bench.done("ctl", "mount", "-o", f"remount,nr_inodes={limit}", str(bench.disk))
+        assert os.statvfs(bench.disk).f_ffree == 3
+        yield Job(write_recipe(bench.folder, run={"dir": str(bench.disk / "run")}))
+    finally:
+        shutil.rmtree(bench.disk / "run", ignore_errors=True)
+        bench.done("ctl", "mount", "-o", f"remount,nr_inodes={found.f_files}", str(bench.disk))
+
+
+@seed
+def little_shared_memory(bench: Bench) -> Iterator[Job]:
+    # node1 has a new one too, so that nothing of it is left there. A snapshot here has some megabytes.
+    small = ("-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    with bench.own_disk("node1", Path("/dev/shm")), bench.mounted("node2", "/dev/shm", *small):
+        model = {"width": 32, "hidden": 4000}
+        yield Job(write_recipe(bench.folder, model=model, checkpoint={"replicas": "node"}))
+
+
+@seed
+def processor_time_limited(bench: Bench) -> Iterator[Job]:
+    # A million steps, of 10 ms or more each, take several times as long.
+    yield Job(write_recipe(bench.folder, train={"max_steps": 1_000_000}), before="ulimit -t 1800")
+
+
+_BUSY = """
+import os, signal, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+parent, children = os.getpid(), []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # the kernel may share its time among sessions
+        while os.getppid() == parent:
+            pass
+        os._exit(0)
+    children.append(child)
+print("busy", flush=True)
+sys.stdin.read()
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@seed
+def forgotten_processes_on_one_node(bench: Bench) -> Iterator[Job]:
+    # On one processor, which the task is bound to, so that the other node has its own. They end with their
+    # standard input, as the block does.
+    cpu = str(max(os.sched_getaffinity(0)))
+    words = bench.cluster.cluster.inside("node2", [sys.executable, "-c", _BUSY, cpu])
+    bound = f'test "$SLURMD_NODENAME" = node1 || taskset -cp {cpu} $$ > /dev/null'
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as others:
+        assert others.stdout is not None
+        assert others.stdout.readline() == "busy\n"
+        yield Job(write_recipe(bench.folder), before=bound)
+
+
+@seed
+def compiler_that_is_not_there(bench: Bench) -> Iterator[Job]:
+    compilers = {"CC": "/opt/gcc/12.2.0/bin/gcc", "CXX": "/opt/gcc/12.2.0/bin/g++"}
+    assert not Path(compilers["CXX"]).exists()
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(bench.folder / "compiled")}
+    yield Job(write_recipe(bench.folder, hardware={"compile": True}), compilers | cache)
+
+
+@seed
+def one_processor_for_eight_threads(bench: Bench) -> Iterator[Job]:
+    # As task/affinity binds a task that has not asked for more.
+    cpus = sorted(os.sched_getaffinity(0))
+    own = f'test "$SLURMD_NODENAME" = node1 && cpu={cpus[0]} || cpu={cpus[-1]}'
+    recipe = write_recipe(bench.folder, model={"width": 32}, hardware={"threads": 8})
+    yield Job(recipe, before=f"{own}\ntaskset -cp $cpu $$ > /dev/null")
+
+
 # --- what the doctor says ---
 
 # A process that could not meet the others speaks for itself, behind its rank and node in brackets.
@@ -494,7 +646,7 @@ def bench(cluster: TestCluster, tmp_path: Path, disk: Path) -> Iterator[Bench]:
 
 def test_every_kind_has_a_seed() -> None:
     assert list(KINDS) == list(SEEDS)
-    assert len(KINDS) == 25
+    assert len(KINDS) == 37
 
 
 @pytest.mark.parametrize("kind", KINDS)
