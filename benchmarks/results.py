@@ -66,7 +66,9 @@ def real(name: str) -> str:
 
 FULL = "bash launch/fashion_mnist_full.sh"
 MNIST = "bash launch/mnist.sh"
-SCENES = f"{sys.executable} benchmarks/scenes.py --images data/fashion_mnist_full --train 40000 --out data/scenes"
+SCENES = (
+    f"{sys.executable} benchmarks/scenes.py --images data/fashion_mnist_full --train 40000 --out data/scenes"
+)
 
 ROWS: dict[str, Row] = {
     "fashion_cnn": Row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -58,6 +59,13 @@ def run() -> int:
         return error.exit_code
     except OSError as error:
         _say(f"error: {error}")
+        return errors.ENVIRONMENT
+    except ImportError as error:
+        if ".so" not in str(error):
+            raise
+        # A library of C, which another in its place has made useless.
+        found = f"; LD_LIBRARY_PATH is {path}" if (path := os.environ.get("LD_LIBRARY_PATH")) else ""
+        _say(f"error: on {socket.gethostname()} a package does not import: {error}{found}")
         return errors.ENVIRONMENT
     except typer.Exit as leaving:
         return leaving.exit_code

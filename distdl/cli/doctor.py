@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from typing import Annotated, Literal, Optional
 
 import typer
 
+from distdl import errors
 from distdl.cli.arguments import EngineName, NodesAsked, Overrides, Procs, load, overrides_of
 from distdl.cli.slurm import doctor_on_slurm
 from distdl.errors import PlanError
@@ -42,10 +45,12 @@ def doctor_command(
     Alone it looks at this machine. Started as a run would be (`torchrun -m distdl doctor`, `srun python -m
     distdl doctor`) the processes also compare with each other. Exit code 3 where something would fail.
     """
-    from distdl.doctor.collect.recipe import Asked
-    from distdl.doctor.report import show
-    from distdl.doctor.run import examine
-
+    try:
+        from distdl.doctor.collect.recipe import Asked
+        from distdl.doctor.report import show
+        from distdl.doctor.run import examine
+    except ImportError as error:
+        return _cannot_begin(error)
     if on == "slurm":
         if config is None or fix:
             raise PlanError("doctor --on slurm needs a recipe, which says what to ask for, and mends nothing")
@@ -55,3 +60,21 @@ def doctor_command(
     report = examine(asked, os.environ, wait_s=wait, fix=fix)
     show(report, as_json=as_json)
     return report.code
+
+
+def _cannot_begin(error: ImportError) -> int:
+    """What the doctor itself is made of cannot be loaded: that is the finding."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    label = f"[rank {rank} on {socket.gethostname()}]"
+    path = os.environ.get("LD_LIBRARY_PATH")
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    todo = f"install distdl's packages into this environment: {sys.executable} -m pip install distdl"
+    if path and ".so" in first:
+        first += f"; LD_LIBRARY_PATH={path} comes before the libraries that the packages were built with"
+        todo = (
+            "unset LD_LIBRARY_PATH (/etc/profile.d, a start-up file, a module: `module purge`), or take its "
+            "libstdc++ out"
+        )
+    print(f"{label} fail    {'packages':<20}a package does not import on {label[1:-1]}: {first}")  # noqa: T201
+    print(f"{label} {' ' * 28}do: {todo}", flush=True)  # noqa: T201
+    return errors.ENVIRONMENT

@@ -53,7 +53,8 @@ class Software(Model):
     """Versions and code. `distdl_hash` and `user_code` (file -> hash) are of contents, not of names.
 
     `copies`: folders on the import path with another distdl. `build_locks`: lock files in
-    TORCH_EXTENSIONS_DIR -> seconds since they were written; `removed`: those that were taken away.
+    TORCH_EXTENSIONS_DIR -> seconds since they were written; `removed`: those that were taken away. `cxx`: the
+    compiler that the environment names and that is not there.
     """
 
     python: str = "3.11.0"
@@ -65,6 +66,7 @@ class Software(Model):
     user_code: dict[str, str] = {}
     torch: Torch = Torch()
     compiler: bool = True
+    cxx: str | None = None
     ninja: bool = True
     build_locks: dict[str, float] = {}
     removed: tuple[str, ...] = ()
@@ -72,19 +74,22 @@ class Software(Model):
 
 class Interface(Model):
     """A network interface. `speed_mbps`: megabits a second where a physical one tells. `mtu`: bytes of the
-    longest packet that it sends.
+    longest packet that it sends. `address`: its first of IPv4, if it has one.
     """
 
     up: bool = True
     loopback: bool = False
     speed_mbps: int | None = None
     mtu: int | None = None
+    address: str | None = None
 
 
 class Network(Model):
     """Names, interfaces, and the rendezvous. `master_local`: MASTER_ADDR is an address of this machine.
 
-    `port_error`: why rank 0 cannot listen at MASTER_PORT, or another rank cannot reach it.
+    `host_local`: the host's own name leads to an address of this machine. `port_error`: why rank 0 cannot
+    listen at MASTER_PORT, or another rank cannot reach it. `elsewhere`: where rank 0 says that it listens
+    instead.
     `clock_skew`: this clock less that of rank 0, once they have met. `stuck`: rank -> label of the processes
     that this one reaches with small messages and not with large ones.
     """
@@ -92,12 +97,14 @@ class Network(Model):
     interfaces: dict[str, Interface] = {"lo": Interface(loopback=True), "eth0": Interface()}
     host_addresses: tuple[str, ...] = ("10.0.0.1",)
     host_error: str | None = None
+    host_local: bool = True
     master_addr: str | None = None
     master_port: int | None = None
     master_addresses: tuple[str, ...] = ()
     master_error: str | None = None
     master_local: bool = True
     port_error: str | None = None
+    elsewhere: str | None = None
     clock_skew: float = 0.0
     stuck: dict[int, str] = {}
 
@@ -126,7 +133,8 @@ class Machine(Model):
     """Limits and room of the node. `cores`: those that this process may use, by number.
 
     `cpu_quota`: cores that the control group grants, None: all. `clock`: seconds since 1970.
-    `newest_file`: when the newest of distdl's own files was written.
+    `newest_file`: when the newest of distdl's own files was written. `cpu_time`: seconds of it after which a
+    process is killed. `share`: of one core, what this process got when it asked for all of it.
     """
 
     cores: tuple[int, ...] = tuple(range(8))
@@ -135,6 +143,8 @@ class Machine(Model):
     open_files_hard: int = 65536
     processes: int = 65536
     address_space: int | None = None
+    cpu_time: int | None = None
+    share: float = 1.0
     locked_memory: int | None = None
     memory: int = 64 << 30
     memory_free: int = 48 << 30
@@ -187,6 +197,8 @@ class Wanted(Model):
     save: int | None = None
     changed: tuple[str, ...] = ()
     replicas: bool = False
+    compile: bool = False
+    threads: int | None = None
     data: str | None = None
     plan_error: str | None = None
     data_error: str | None = None

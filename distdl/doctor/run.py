@@ -14,8 +14,16 @@ from distdl import errors
 from distdl.doctor.checks import findings
 from distdl.doctor.collect import collect, place_in
 from distdl.doctor.collect.recipe import Asked
-from distdl.doctor.collect.storage import leave_mark, marks, take_mark_away, trying
-from distdl.doctor.facts import Facts, Measured
+from distdl.doctor.collect.storage import (
+    leave_mark,
+    leave_note,
+    marks,
+    note,
+    take_mark_away,
+    take_note_away,
+    trying,
+)
+from distdl.doctor.facts import Facts, Measured, Place
 from distdl.doctor.finding import Finding
 from distdl.doctor.measure import all_reduce, large_messages, stream
 from distdl.doctor.meeting import Lost, Meeting
@@ -46,10 +54,30 @@ def examine(asked: Asked | None, env: Mapping[str, str], *, wait_s: float, fix: 
     Blocks for seconds; up to a few times `wait_s` where a process is missing.
     """
     topology, place = place_in(env)
+    if asked is None or topology.world_size == 1 or topology.rank > 0:
+        return _examine(asked, env, topology, place, wait_s=wait_s, fix=fix)
+    leave_note(asked.directory.path, _target(topology))
+    try:
+        return _examine(asked, env, topology, place, wait_s=wait_s, fix=fix)
+    finally:
+        take_note_away(asked.directory.path)
+
+
+def _target(topology: Topology) -> str:
+    return f"{topology.master_addr}:{topology.master_port}"
+
+
+def _examine(
+    asked: Asked | None, env: Mapping[str, str], topology: Topology, place: Place, *, wait_s: float, fix: bool
+) -> Report:
     mine = collect(env, topology, place, asked, wait_s=wait_s, fix=fix)
     if topology.world_size == 1:
         return report([mine])
     if why := _cannot_meet(mine):
+        there = note(asked.directory.path) if asked and topology.rank > 0 else None
+        if there is not None and there != _target(topology):
+            network = mine.network.model_copy(update={"elsewhere": there})
+            mine = mine.model_copy(update={"network": network})
         return report([mine], why)
     try:
         store = _store(topology, wait_s)

@@ -9,6 +9,10 @@ from distdl.doctor.finding import Finding, Job, fail, ok, size, warn, where
 
 MEMORY_A_PROCESS = 1 << 30
 """A process that has imported torch and mapped its data, before it has a model."""
+LEAST_SHARE = 0.4
+"""Of a core: with half of one, two processes share it."""
+SHM_A_SNAPSHOT = 64 << 20
+"""Of a network nobody has saved yet; a container has this much /dev/shm by default."""
 SHM_A_PROCESS, SHM_A_WORKER = 32 << 20, 64 << 20
 """What NCCL takes for the ranks of one node; a batch or two from each process that loads data."""
 ADDRESS_SPACE = 4 << 30
@@ -31,6 +35,15 @@ def cores(job: Job) -> Iterator[Finding]:
                     "none, or fewer processes",
                 )
                 break
+        for facts in processes:
+            if facts.machine.share < LEAST_SHARE:
+                yield warn(
+                    f"{facts.label} gets {facts.machine.share:.0%} of a core when it asks for all of it: "
+                    f"other processes compete for core {_list(facts.machine.cores)}, and all ranks wait for "
+                    "it in every step",
+                    f"see what else runs there (on {facts.place.host}: top, ps -eo pcpu,pid,user,args), and "
+                    "stop it; or leave the node out (--exclude), or ask for nodes of your own (--exclusive)",
+                )
         quota = first.machine.cpu_quota
         if quota is not None and quota < len(processes):
             yield warn(
@@ -66,6 +79,15 @@ def threads(job: Job) -> Iterator[Finding]:
                     "threads get in each other's way",
                     f"unset {variable}, or set it to {max(1, here // len(processes))}",
                 )
+        asked = job.wanted.threads if job.wanted else None
+        few = [f for f in processes if asked and len(f.machine.cores) < asked]
+        if few:
+            yield warn(
+                f"hardware.threads={asked}, and {few[0].label} may use {len(few[0].machine.cores)} core(s), "
+                "fewer than threads: they wait for each other",
+                f"ask for as many (srun --cpus-per-task={asked}, launch.slurm.cpus; mpirun --bind-to none), "
+                f"or hardware.threads={len(few[0].machine.cores)}",
+            )
     yield ok("no more than cores")
 
 
@@ -96,7 +118,8 @@ def shared_memory(job: Job) -> Iterator[Finding]:
         if first.gpus.present and here > 1:
             need += here * SHM_A_PROCESS
         if wanted and wanted.replicas:
-            need += 2 * (wanted.save or 0)  # its own snapshot, and the one of the node before it
+            # Its own snapshot, and the one of the node before it.
+            need += 2 * (wanted.save if wanted.save is not None else SHM_A_SNAPSHOT)
         room = first.machine.shm_free
         found = f"/dev/shm has {size(room)} free of {size(first.machine.shm)}{where(job, first)}"
         todo = (
@@ -141,6 +164,13 @@ def limits(job: Job) -> Iterator[Finding]:
                 f"a process may have {size(it.address_space)} of address space (ulimit -v)"
                 f"{where(job, first)}: libraries alone map about 1.5 GiB, those of CUDA many times as much",
                 "ulimit -v unlimited before starting; where that is refused, limits.conf (as), LimitAS",
+            )
+        if it.cpu_time is not None:
+            yield warn(
+                f"a process is killed after {it.cpu_time} seconds of CPU time (ulimit -t)"
+                f"{where(job, first)}, which a long run uses up",
+                "ulimit -t unlimited before starting; under Slurm, which hands on the limits of the shell "
+                "that submits, --propagate=NONE; where that is refused, limits.conf (cpu), LimitCPU",
             )
         infiniband = any(name.startswith("ib") for name in first.network.interfaces)
         if infiniband and it.locked_memory is not None and it.locked_memory < 64 << 20:

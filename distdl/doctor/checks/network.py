@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from distdl.doctor.facts import Facts, Interface
-from distdl.doctor.finding import Finding, Job, fail, groups, ok, skipped, spread, warn, where
+from distdl.doctor.finding import Finding, Job, fail, groups, listed, ok, skipped, spread, warn, where
 
 NAMED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 UNSET = (
@@ -54,6 +54,13 @@ def _rendezvous_of(job: Job, facts: Facts) -> Iterator[Finding]:
             "choose another port (MASTER_PORT, torchrun --master-port), or end that process if it is left "
             "over from an earlier run",
         )
+    elif net.port_error and net.elsewhere:
+        yield fail(
+            f"MASTER_PORT is not the same for all: rank 0 listens at {net.elsewhere}, and {facts.label} "
+            f"looks for it at {target}",
+            "give all processes one MASTER_PORT: set it once, before srun and not in what every task runs, "
+            "or unset it, and srun's tasks find one by themselves",
+        )
     elif net.port_error:
         addresses = ", ".join(net.master_addresses)
         known = "" if net.master_addr == addresses else f" (which {place.host} resolves to {addresses})"
@@ -93,6 +100,13 @@ def host_names(job: Job) -> Iterator[Finding]:
                 f"the host name {host} does not resolve on {host} itself: {net.host_error}",
                 f"add it to DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME to one of {offered(job, facts)}",
             )
+        elif job.several_nodes and not chosen and not net.host_local:
+            yield fail(
+                f"the host name of {facts.label} leads to {', '.join(net.host_addresses)}, which is no "
+                f"address of its machine: gloo would offer the others its loopback address",
+                f"give it a host name of its own, or map {host} to its own network address in /etc/hosts, or "
+                f"set GLOO_SOCKET_IFNAME to one of {offered(job, facts)}",
+            )
         elif job.several_nodes and not chosen and all_loopback(net.host_addresses):
             yield fail(
                 f"the host name {host} is {', '.join(net.host_addresses)} on {host} itself: gloo would offer "
@@ -119,7 +133,28 @@ def interfaces(job: Job) -> Iterator[Finding]:
         for variable in NAMED:
             if variable in facts.env:
                 yield from _named_interface(job, facts, variable, facts.env[variable])
+    yield from _same_address(job)
     yield ok("; ".join(f"{named(f.network.interfaces)}{where(job, f)}" for f in job.leaders[:4]))
+
+
+def _same_address(job: Job) -> Iterator[Finding]:
+    """An interface such as docker0 leads to what is on its own machine, and has one address on all."""
+    held: dict[tuple[str, str], list[Facts]] = {}
+    for facts in job.leaders:
+        value = facts.env.get(NAMED[0], "")
+        for name in matching(value, facts.network.interfaces, prefixes=False)[:1]:
+            it = facts.network.interfaces[name]
+            if it.address and not it.loopback:
+                held.setdefault((name, it.address), []).append(facts)
+    for (name, address), holders in held.items():
+        if len(holders) > 1:
+            yield fail(
+                f"{NAMED[0]}={name} has the same address, {address}, on "
+                f"{listed([f.place.host for f in holders])}: each would offer the others an address at which "
+                "they find themselves (a bridge for containers, say)",
+                f"set {NAMED[0]} to the interface between the nodes, or unset it: there are "
+                f"{offered(job, holders[0])}",
+            )
 
 
 def _named_interface(job: Job, facts: Facts, variable: str, value: str) -> Iterator[Finding]:

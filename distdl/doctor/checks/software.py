@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distdl.capabilities import ENGINES
-from distdl.doctor.facts import STALE_LOCK_S
+from distdl.doctor.facts import STALE_LOCK_S, Facts
 from distdl.doctor.finding import Finding, Job, fail, groups, ok, skipped, spread, warn, where
 
 SAME = "use the same environment on all nodes: one on a shared file system, or one container image"
@@ -120,5 +120,19 @@ def compiled_ops(job: Job) -> Iterator[Finding]:
                 f"DeepSpeed may compile ops, and {lacks} is missing{where(job, facts)}",
                 "install g++ and `pip install ninja`, or give no keys in hardware.deepspeed that need ops",
             )
+        if job.wanted is not None and job.wanted.compile:
+            yield from _no_compiler(job, facts)
     removed = [path for f in job.facts for path in f.software.removed]
     yield ok(f"removed {', '.join(removed)}" if removed else "no lock of a killed build")
+
+
+def _no_compiler(job: Job, facts: Facts) -> Iterator[Finding]:
+    lacks = None if facts.software.compiler else "there is none"
+    if facts.software.cxx:
+        lacks = f"CXX={facts.software.cxx} is not there"
+    if lacks:
+        yield fail(
+            f"hardware.compile needs a C++ compiler, and {lacks}{where(job, facts)}",
+            "install one (g++) on the nodes, load its module in the job (launch.slurm.modules), unset CXX, "
+            "or hardware.compile=false",
+        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import struct
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from distdl.topology import Topology
 
 SYS, PROC = Path("/sys/class/net"), Path("/proc")
 LISTENING = "0A"
+_SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFMTU = 0x8913, 0x8915, 0x8921  # linux/sockios.h
 
 
 def network_here(topology: Topology, wait_s: float) -> Network:
@@ -31,6 +34,7 @@ def network_here(topology: Topology, wait_s: float) -> Network:
         interfaces=interfaces_here(),
         host_addresses=host_addresses,
         host_error=host_error,
+        host_local=not host_addresses or any(map(is_local, host_addresses)),
         master_addr=given,
         master_port=port,
         master_addresses=master_addresses,
@@ -41,18 +45,30 @@ def network_here(topology: Topology, wait_s: float) -> Network:
 
 
 def interfaces_here() -> dict[str, Interface]:
-    """Name -> interface, from Linux's /sys; empty elsewhere."""
+    """Name -> interface, as the kernel tells it to this process; Linux. (What a container sees of /sys may be
+    the machine's.)
+    """
     found = {}
-    for path in sorted(SYS.glob("*")):
-        with contextlib.suppress(OSError, ValueError):
-            flags = int((path / "flags").read_text(), 16)
-            found[path.name] = Interface(
-                up=bool(flags & 1),
-                loopback=bool(flags & 8),
-                speed_mbps=_speed(path),
-                mtu=int((path / "mtu").read_text()),
-            )
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as it:
+        for _, name in sorted(socket.if_nameindex(), key=lambda pair: pair[1]):
+            with contextlib.suppress(OSError):
+                (flags,) = struct.unpack("H", _asked(it, _SIOCGIFFLAGS, name)[:2])
+                address = None
+                with contextlib.suppress(OSError):
+                    address = socket.inet_ntoa(_asked(it, _SIOCGIFADDR, name)[4:8])
+                found[name] = Interface(
+                    up=bool(flags & 1),
+                    loopback=bool(flags & 8),
+                    speed_mbps=_speed(SYS / name),
+                    mtu=struct.unpack("i", _asked(it, _SIOCGIFMTU, name)[:4])[0],
+                    address=address,
+                )
     return found
+
+
+def _asked(it: socket.socket, what: int, name: str) -> bytes:
+    """What the kernel writes behind the name into a struct ifreq (linux/if.h). Raises OSError."""
+    return fcntl.ioctl(it, what, struct.pack("16s24x", name.encode()))[16:]
 
 
 def _speed(path: Path) -> int | None:

@@ -69,6 +69,8 @@ class Asked:
             else (),
             data=fingerprint,
             replicas=recipe.checkpoint.replicas == "node",
+            compile=recipe.hardware.compile,
+            threads=recipe.hardware.threads if isinstance(recipe.hardware.threads, int) else None,
             plan_error=plan_error,
             data_error=data_error,
             code_error=f"no module {', '.join(missing)} in {Path.cwd()} or installed" if missing else None,

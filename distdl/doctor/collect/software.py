@@ -37,6 +37,7 @@ def software_here(env: Mapping[str, str], asked: Asked | None, *, fix: bool) -> 
         user_code={name: hash_of(*files) for name, files in (asked.code_files if asked else {}).items()},
         torch=ask_torch(env),
         compiler=any(shutil.which(name) for name in (env.get("CXX", "c++"), "g++", "clang++")),
+        cxx=env["CXX"] if env.get("CXX") and shutil.which(env["CXX"]) is None else None,
         ninja=shutil.which("ninja") is not None or (Path(sys.executable).parent / "ninja").exists(),
         build_locks={str(path): age for path, age in locks.items() if path not in removed},
         removed=tuple(map(str, removed)),

@@ -115,6 +115,25 @@ def _kind(folder: Path) -> str:
     return kind
 
 
+def leave_note(folder: Path, text: str) -> None:
+    """For those that cannot find rank 0: where it listens."""
+    with contextlib.suppress(OSError):
+        (nearest_folder(folder.absolute()) / f"{PROBE}rank-0").write_text(text)
+
+
+def note(folder: Path) -> str | None:
+    """What rank 0 has left, if it has, while it is there."""
+    with contextlib.suppress(OSError):
+        return (nearest_folder(folder.absolute()) / f"{PROBE}rank-0").read_text()
+    return None
+
+
+def take_note_away(folder: Path) -> None:
+    """Remove it again."""
+    with contextlib.suppress(OSError):
+        (nearest_folder(folder.absolute()) / f"{PROBE}rank-0").unlink(missing_ok=True)
+
+
 def leave_mark(folder: Path, token: str, rank: int) -> None:
     """A file that says that `rank` can write here. Raises OSError."""
     write_durably(nearest_folder(folder.absolute()) / f"{PROBE}{token}-{rank}", b"")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from distdl.cli.doctor import _cannot_begin
 from distdl.doctor import measure
 from distdl.doctor.checks.communication import bus_rate
 from distdl.doctor.checks.gpus import too_old
 from distdl.doctor.checks.network import matching
 from distdl.doctor.collect.gpus import read
+from distdl.doctor.collect.machine import share_of_a_core
+from distdl.doctor.collect.network import interfaces_here
 from distdl.doctor.facts import Facts, Interface, Measured, Torch
 from distdl.doctor.run import report
 from tests.unit.doctor.doctor_support import WANTED, changed, healthy, problems
 
 ZERO = WANTED.model_copy(update={"engine": "zero2"})
 DOWN = {"interfaces": {"lo": Interface(loopback=True), "ib0": Interface(up=False)}}
+DOCKER = {"interfaces": {"docker0": Interface(address="172.17.0.1"), "eth0": Interface(address="10.0.0.1")}}
+REPLICAS = WANTED.model_copy(update={"replicas": True})
+COMPILED = WANTED.model_copy(update={"compile": True})
 FAST = {"interfaces": {"eth0": Interface(speed_mbps=100_000)}}
 
 
@@ -37,6 +46,15 @@ def said(facts: list[Facts]) -> list[tuple[str, str]]:
         ("limits", "fail", 1, {"machine": {"open_files": 32}}),
         ("limits", "fail", 1, {"machine": {"address_space": 1_500_000 << 10}}),
         ("limits", "warn", 1, {"machine": {"open_files": 64}}),
+        ("limits", "warn", 1, {"machine": {"cpu_time": 1800}}),
+        ("CPU cores", "warn", 1, {"machine": {"share": 0.2}}),
+        ("threads", "warn", 1, {"wanted": WANTED.model_copy(update={"threads": 9})}),
+        ("shared memory", "fail", 1, {"machine": {"shm_free": 1 << 20}, "wanted": REPLICAS}),
+        ("compiled ops", "fail", 1, {"software": {"cxx": "/opt/g++"}, "wanted": COMPILED}),
+        ("compiled ops", "fail", 1, {"software": {"compiler": False}, "wanted": COMPILED}),
+        ("host names", "fail", 2, {"network": {"host_local": False}}),
+        ("rendezvous", "fail", 2, {"network": {"port_error": "refused", "elsewhere": "node0:29501"}}),
+        ("interfaces", "fail", 2, {"network": DOCKER, "env": {"GLOO_SOCKET_IFNAME": "docker0"}}),
         ("CPU cores", "warn", 1, {"machine": {"cpu_quota": 1.0}}),
         ("memory", "fail", 1, {"machine": {"memory_free": 500 << 20}}),
         ("run directory", "fail", 1, {"storage": {"lock_error": "No locks available"}}),
@@ -150,3 +168,52 @@ def test_loopback_is_not_offered_to_several_nodes(nodes: int, names: str) -> Non
     there = {"interfaces": {"eth0": Interface(), "lo": Interface(loopback=True)}}
     facts = [changed(f, network=there, env={"GLOO_SOCKET_IFNAME": "ib0"}) for f in healthy(nodes, 2)]
     assert {f.todo for f in problems(facts)} == {f"set GLOO_SOCKET_IFNAME to one of {names}, or unset it"}
+
+
+def test_interfaces_are_those_of_this_process() -> None:
+    it = interfaces_here()["lo"]
+    assert (it.loopback, it.up, it.address) == (True, True, "127.0.0.1")
+    assert it.mtu is not None
+    assert it.mtu > 1000
+
+
+def test_the_share_of_a_core_is_what_is_left_of_it() -> None:
+    """Beside three others on one core at most a half is left, whatever else runs here."""
+    core = str(max(os.sched_getaffinity(0)))
+    busy = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
+    others = [
+        subprocess.Popen([sys.executable, "-c", busy, core], stdout=subprocess.PIPE, start_new_session=True)
+        for _ in range(3)
+    ]
+    before = os.sched_getaffinity(0)
+    try:
+        for other in others:
+            assert other.stdout is not None
+            other.stdout.readline()
+        os.sched_setaffinity(0, {int(core)})
+        assert share_of_a_core(0.2, 1) < 0.6
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+@pytest.mark.parametrize(
+    ("said", "path", "todo"),
+    [
+        ("/x/libstdc++.so.6: version `GLIBCXX_3.4.18' not found", "/x", "do: unset LD_LIBRARY_PATH"),
+        ("No module named 'pyarrow'", "", "do: install distdl's packages"),
+    ],
+)
+def test_a_doctor_that_cannot_begin_says_why(
+    said: str, path: str, todo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LD_LIBRARY_PATH", path)
+    assert _cannot_begin(ImportError(said)) == 3
+    printed = capsys.readouterr().out
+    assert printed.startswith("[rank 1 on ")
+    assert " fail    packages" in printed
+    assert said in printed
+    assert todo in printed
