@@ -78,7 +78,8 @@ def test_dialled_keys_are_heard(tmp_path: Path) -> None:
     assert accuracy > 0.8
     # Its rows may have any length in another program, too.
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        code, text = distdl("ckpt", "export", str(tmp_path / "w2"), "--to", "onnx")
+        made = str(tmp_path / "made.onnx")
+        code, text = distdl("ckpt", "export", str(tmp_path / "w2"), "--to", "onnx", "--out", made)
         assert code == 0, text
     # The files themselves, as a user has them: heard with the bands of the dataset.
     out = tmp_path / "out.jsonl"

@@ -141,7 +141,9 @@ def test_the_doctor_examines_the_nodes_of_a_run(cluster: TestCluster, tmp_path: 
     assert code == 0, said
     processes = next(f["found"] for f in found["findings"] if f["check"] == "processes")
     assert processes.startswith("4 on 2 node(s)"), processes
-    assert not [f for f in found["findings"] if f["status"] in ("warn", "fail")], said
+    # The nodes share the cores of this machine, with whatever else runs on it.
+    troubles = [f for f in found["findings"] if f["status"] in ("warn", "fail") and f["check"] != "CPU cores"]
+    assert not troubles, said
     code, said = cluster.say(PYTHON, "-m", "distdl", *words[:-1], "data.name=", "data.path=/nowhere")
     assert code == 3, said
     assert "/nowhere" in said

@@ -9,8 +9,8 @@ from distdl.doctor.finding import Finding, Job, fail, ok, size, warn, where
 
 MEMORY_A_PROCESS = 1 << 30
 """A process that has imported torch and mapped its data, before it has a model."""
-LEAST_SHARE = 0.4
-"""Of a core: with half of one, two processes share it."""
+LEAST_SHARE = 0.25
+"""Of a core: with less, a rank is several times slower than the others, which wait for it."""
 SHM_A_SNAPSHOT = 64 << 20
 """Of a network nobody has saved yet; a container has this much /dev/shm by default."""
 SHM_A_PROCESS, SHM_A_WORKER = 32 << 20, 64 << 20
