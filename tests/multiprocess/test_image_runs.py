@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +16,9 @@ from PIL import Image
 from distdl.data import open_split, ready
 from distdl.data.catalogue import CATALOGUE
 from distdl.recipe import Recipe
-from distdl.testing import assert_same_bits, run_world
+from distdl.testing import run_world
 from tests.commands import distdl
-from tests.multiprocess.test_parity import results
+from tests.multiprocess.test_parity import check_learns_alike, results
 from tests.runs import shortened, train_rank
 
 # Trains twenty-two times.
@@ -89,16 +88,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
 
 @pytest.mark.parametrize("name", SMALL)
 def test_it_learns_and_two_processes_do_the_same_to_the_bit(name: str, runs: dict[int, Path]) -> None:
-    alone, tensors = results(runs[1] / name)
-    together, others = results(runs[2] / name)
-    assert_same_bits(others, tensors)
-    assert [row["loss"] for row in together] == [row["loss"] for row in alone]
-    losses = [row["loss"] for row in alone]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    measured = {key: value for key, value in alone[-1].items() if key.startswith("eval_")}
-    assert measured
-    assert all(math.isfinite(value) for value in measured.values())
-    assert measured == {key: together[-1][key] for key in measured}
+    check_learns_alike(runs[1] / name, runs[2] / name)
 
 
 def predicted(name: str, runs: dict[int, Path], data: Path, *overrides: str) -> tuple[Path, list[Any]]:

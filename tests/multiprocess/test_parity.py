@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +60,20 @@ def results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     assert found.manifest is not None
     saved = open_checkpoint(found.path)
     return read_lines(folder / "metrics.jsonl"), {name: saved.whole(name) for name in saved.metas}
+
+
+def check_learns_alike(alone: Path, together: Path) -> None:
+    """Two runs have the same bits, losses and measures, and their loss went down."""
+    rows, tensors = results(alone)
+    others, other_tensors = results(together)
+    assert_same_bits(other_tensors, tensors)
+    losses = [row["loss"] for row in rows]
+    assert [row["loss"] for row in others] == losses
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    measured = {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
+    assert measured
+    assert all(math.isfinite(value) for value in measured.values())
+    assert measured == {key: others[-1][key] for key in measured}
 
 
 SMOOTH = {"model": {"name": "tests.multiprocess.own_models:Smooth"}}

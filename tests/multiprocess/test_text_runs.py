@@ -5,7 +5,6 @@ and two processes, and predicts.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import pytest
 
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
-from distdl.testing import assert_same_bits, run_world
+from distdl.testing import run_world
 from tests.commands import distdl
-from tests.multiprocess.test_parity import results
+from tests.multiprocess.test_parity import check_learns_alike
 from tests.runs import shortened, train_rank
 
 pytestmark = pytest.mark.slow
@@ -99,16 +98,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
 
 @pytest.mark.parametrize("name", SMALL)
 def test_it_learns_and_two_processes_do_the_same_to_the_bit(name: str, runs: dict[int, Path]) -> None:
-    alone, tensors = results(runs[1] / name)
-    together, others = results(runs[2] / name)
-    assert_same_bits(others, tensors)
-    assert [row["loss"] for row in together] == [row["loss"] for row in alone]
-    losses = [row["loss"] for row in alone]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    measured = {key: value for key, value in alone[-1].items() if key.startswith("eval_")}
-    assert measured
-    assert all(math.isfinite(value) for value in measured.values())
-    assert measured == {key: together[-1][key] for key in measured}
+    check_learns_alike(runs[1] / name, runs[2] / name)
 
 
 @pytest.mark.parametrize(

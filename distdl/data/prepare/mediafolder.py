@@ -57,10 +57,10 @@ def find_described(folder: Path) -> Splits:
         for file in [folder / name, *sorted(folder.glob(f"[!.]*/{name}"))]:
             if not file.is_file() or not _describes(file):
                 continue
-            for split, paths in _by_split(file, _named(file, _read(file)), file.parent == folder).items():
+            for split, named in _by_split(file, _named(file, _read(file)), file.parent == folder).items():
                 if split in found:
                     raise DataError(f"split {split!r} has {found[split][0]} and {file}; keep one of them")
-                found[split] = [file, *paths]
+                found[split] = [file, *named]
     for other in sorted(folder.glob("[!.]*/")) if found else ():
         if other.is_dir() and other.name not in found and "train" not in found and _has_media(other):
             raise DataError(f"{other} holds images or sounds and has no metadata, which other splits have")
@@ -71,14 +71,19 @@ def _describes(file: Path) -> bool:
     """Whether it is about files; a table of another kind is left to who reads tables. Raises DataError where
     it lies among images or sounds and does not name them.
     """
-    if "file_name" in _read(file).column_names:
-        return True
-    if _has_media(file.parent):
+    media = _has_media(file.parent)
+    try:
+        columns = _read(file).column_names
+    except DataError:
+        if media:
+            raise
+        return False
+    if media and "file_name" not in columns:
         raise DataError(
             f"{file} lies among images or sounds, and has no column file_name with their names; it has "
-            f"{', '.join(_read(file).column_names)}"
+            f"{', '.join(columns)}"
         )
-    return False
+    return "file_name" in columns
 
 
 def _has_media(folder: Path) -> bool:
@@ -104,8 +109,9 @@ def described_tables(splits: Splits) -> tuple[pa.Schema, dict[str, Iterator[pa.T
     schema: pa.Schema | None = None
     for split, (file, *files) in splits.items():
         table = _read(file)
-        mine = [path in set(files) for path in _named(file, table)]
-        known = table.filter(pa.array(mine)).drop_columns(["file_name"])
+        chosen = set(files)
+        mine = pa.array([path in chosen for path in _named(file, table)])
+        known = table.filter(mine).drop_columns(["file_name"])
         if column in known.column_names:
             raise DataError(f"{file} has a column {column!r}, which the files themselves are; rename it")
         if schema is None:

@@ -270,6 +270,13 @@ def test_tables_stay_tables(tmp_path: Path, beside: str) -> None:
     assert set(fields) == {"a", "b"}
 
 
+def test_metadata_of_another_kind_need_not_be_readable(tmp_path: Path) -> None:
+    (tmp_path / "in" / "raw").mkdir(parents=True)
+    (tmp_path / "in" / "train.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "in" / "raw" / CSV).write_bytes("größe\n1\n".encode("latin-1"))
+    assert set(prepare(str(tmp_path / "in"), tmp_path / "out", Options()).info().fields) == {"a", "b"}
+
+
 def test_what_was_prepared_before_is_known_again() -> None:
     assert not {"sample_rate", "mels"} & set(Options().mathematics())
     assert Options(mels=40).mathematics()["mels"] == 40
