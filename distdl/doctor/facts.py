@@ -37,7 +37,10 @@ class Place(Model):
 
 
 class Torch(Model):
-    """What `import torch` gave. `cuda`: the version it was built for; `nccl`: that of its NCCL."""
+    """What `import torch` gave. `cuda`: the version it was built for; `nccl`: that of its NCCL.
+
+    `slow`: values of train.precision that the processor only imitates.
+    """
 
     version: str | None = "2.6.0"
     error: str | None = None
@@ -46,6 +49,7 @@ class Torch(Model):
     cuda: str | None = None
     nccl: str | None = None
     devices: int = 0
+    slow: tuple[str, ...] = ()
     cuda_error: str | None = None
 
 
@@ -192,6 +196,7 @@ class Wanted(Model):
     hash: str
     engine: str
     device: str = "cpu"
+    precision: str = "fp32"
     workers: int = 0
     keep: int = 3
     save: int | None = None

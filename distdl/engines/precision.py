@@ -30,6 +30,15 @@ def dtype_of(precision: str) -> torch.dtype | None:
     return _DTYPES.get(precision)
 
 
+def slow_here(precision: str, device: str) -> bool:
+    """Whether this processor only imitates that arithmetic: many times slower than fp32, and no smaller."""
+    on_cpu = {
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return device == "cpu" and precision in on_cpu and not on_cpu[precision]()
+
+
 @contextmanager
 def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
     """The context of a forward on a kind of device; does nothing for None."""

@@ -19,6 +19,7 @@ from distdl.checkpoint.store import store_at
 from distdl.comm import PeerFailed, together
 from distdl.comm.world import Unmet, leave
 from distdl.data.description import access_of
+from distdl.engines.precision import slow_here
 from distdl.errors import DistdlError, Stopped
 from distdl.observe.failure import is_consequence, report_failure
 from distdl.observe.summary import show_summary
@@ -116,6 +117,11 @@ def open_here(
         opening, allow_changed=options.allow_changed, terminal=options.terminal, quiet=not world.is_main
     )
     session.lock = held and held[1]
+    if slow_here(plan.precision, plan.device):
+        session.console.say(
+            f"slow: this processor has no instructions for train.precision={plan.precision} and imitates "
+            "them, many times slower than train.precision=fp32"
+        )
     session.console.say(f"{placement}; {devices(plan, topology, os.environ.get('CUDA_VISIBLE_DEVICES'))}")
     faults.point("start.loaded")
     return session, resumed

@@ -27,6 +27,7 @@ CHECKS: dict[str, Check] = {
     "GPU settings": gpus.settings,
     "CPU cores": machine.cores,
     "threads": machine.threads,
+    "arithmetic": machine.arithmetic,
     "memory": machine.memory,
     "shared memory": machine.shared_memory,
     "limits": machine.limits,

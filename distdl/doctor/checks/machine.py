@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distdl.doctor.facts import Facts
-from distdl.doctor.finding import Finding, Job, fail, ok, size, warn, where
+from distdl.doctor.finding import Finding, Job, fail, ok, size, skipped, warn, where
 
 MEMORY_A_PROCESS = 1 << 30
 """A process that has imported torch and mapped its data, before it has a model."""
@@ -89,6 +89,22 @@ def threads(job: Job) -> Iterator[Finding]:
                 f"or hardware.threads={len(few[0].machine.cores)}",
             )
     yield ok("no more than cores")
+
+
+def arithmetic(job: Job) -> Iterator[Finding]:
+    """The processor computes in train.precision, where it is the processor that computes."""
+    if job.wanted is None:
+        yield skipped("no recipe was given")
+        return
+    precision = job.wanted.precision
+    for facts in job.leaders if job.wanted.device == "cpu" else ():
+        if precision in facts.software.torch.slow:
+            yield warn(
+                f"the processor has no instructions for train.precision={precision}{where(job, facts)}: it "
+                "imitates them, many times slower than fp32",
+                "train.precision=fp32, or a processor that has them",
+            )
+    yield ok(f"{precision} on {job.wanted.device}")
 
 
 def memory(job: Job) -> Iterator[Finding]:

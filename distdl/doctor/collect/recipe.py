@@ -61,6 +61,7 @@ class Asked:
             hash=recipe_hash(recipe),
             engine=engine,
             device=device,
+            precision=recipe.train.precision,
             workers=recipe.hardware.workers,
             keep=recipe.checkpoint.keep,
             save=sum(file.size for file in last.files.values()) if last else None,

@@ -25,6 +25,8 @@ def torch_here() -> Torch:
         import torch
     except Exception as error:
         return Torch(version=None, error=f"{type(error).__name__}: {error}", distributed=False, gloo=False)
+    from distdl.engines.precision import slow_here
+
     there = torch.distributed.is_available()
     with warnings.catch_warnings(record=True) as said:  # torch warns where the driver does not suit it
         warnings.simplefilter("always")
@@ -38,6 +40,7 @@ def torch_here() -> Torch:
         cuda=torch.version.cuda,
         nccl=".".join(map(str, nccl)) if nccl else None,
         devices=torch.cuda.device_count() if usable else 0,
+        slow=tuple(precision for precision in ("bf16", "fp16") if slow_here(precision, "cpu")),
         cuda_error=None if why is None else why or "torch.cuda.is_available() is false",
     )
 

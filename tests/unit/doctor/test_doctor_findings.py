@@ -27,6 +27,7 @@ DOWN = {"interfaces": {"lo": Interface(loopback=True), "ib0": Interface(up=False
 DOCKER = {"interfaces": {"docker0": Interface(address="172.17.0.1"), "eth0": Interface(address="10.0.0.1")}}
 REPLICAS = WANTED.model_copy(update={"replicas": True})
 COMPILED = WANTED.model_copy(update={"compile": True})
+SHORT = WANTED.model_copy(update={"precision": "bf16"})
 FAST = {"interfaces": {"eth0": Interface(speed_mbps=100_000)}}
 
 
@@ -49,6 +50,7 @@ def said(facts: list[Facts]) -> list[tuple[str, str]]:
         ("limits", "warn", 1, {"machine": {"cpu_time": 1800}}),
         ("CPU cores", "warn", 1, {"machine": {"share": 0.2}}),
         ("threads", "warn", 1, {"wanted": WANTED.model_copy(update={"threads": 9})}),
+        ("arithmetic", "warn", 1, {"software": {"torch": Torch(slow=("bf16",))}, "wanted": SHORT}),
         ("shared memory", "fail", 1, {"machine": {"shm_free": 1 << 20}, "wanted": REPLICAS}),
         ("compiled ops", "fail", 1, {"software": {"cxx": "/opt/g++"}, "wanted": COMPILED}),
         ("compiled ops", "fail", 1, {"software": {"compiler": False}, "wanted": COMPILED}),

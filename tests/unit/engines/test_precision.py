@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distdl.engines.precision import Precision
+from distdl.engines.precision import Precision, slow_here
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -27,6 +27,15 @@ def test_recurrent_layers_run_in_bf16_on_any_processor(
     assert torch.allclose(found.float(), expected, atol=0.02)
     assert layer.weight_hh_l0.grad is not None
     assert torch._C._get_mkldnn_enabled(), "it is as it was"
+
+
+def test_short_arithmetic_is_slow_where_a_processor_only_imitates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert slow_here("bf16", "cpu")
+    assert not slow_here("bf16", "cuda")
+    assert not slow_here("fp32", "cpu")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert not slow_here("bf16", "cpu")
 
 
 def test_a_layer_that_fails_leaves_the_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
