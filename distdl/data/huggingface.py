@@ -148,13 +148,11 @@ def columns_of(schema: pa.Schema) -> dict[str, Column]:
     features = read_features(schema)
     found: dict[str, Column] = {}
     for field in schema:
-        _add_column(found, field.name, field.type, class_names(features.get(field.name)))
+        _add_column(found, field.name, field.type, features.get(field.name))
     return found
 
 
-def _add_column(
-    found: dict[str, Column], name: str, kind: pa.DataType, classes: tuple[str, ...] | None
-) -> None:
+def _add_column(found: dict[str, Column], name: str, kind: pa.DataType, feature: Any) -> None:
     shape: list[int | None] = []
     while True:
         if isinstance(kind, pa.ExtensionType):
@@ -169,9 +167,12 @@ def _add_column(
             break
     if pa.types.is_struct(kind) and not shape:
         for inner in kind:
-            _add_column(found, f"{name}.{inner.name}", inner.type, None)
+            parts = feature if isinstance(feature, dict) else {}
+            _add_column(found, f"{name}.{inner.name}", inner.type, parts.get(inner.name))
     else:
-        found[name] = Column(dtype=str(kind), shape=tuple(shape), classes=classes)
+        while isinstance(feature, dict) and "feature" in feature:  # a list: its elements' names
+            feature = feature["feature"]
+        found[name] = Column(dtype=str(kind), shape=tuple(shape), classes=class_names(feature))
 
 
 def fields_of(schema: pa.Schema) -> dict[str, Field]:

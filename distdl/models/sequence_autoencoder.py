@@ -79,6 +79,10 @@ class SequenceAutoencoder(nn.Module):
         outputs: Tensor = self.decoder(self.encoder(sequence, lengths), before)
         return outputs
 
+    def given_back(self, sequence: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What `generate` makes of the code of each row: as many steps as `sequence` has."""
+        return self.generate(self.encoder(sequence, lengths), sequence.shape[1])
+
     @torch.no_grad()
     def generate(self, code: Tensor, steps: int) -> Tensor:
         """Codes [N, code] -> the likeliest tokens [N, steps] (int64), `END` after the end of each; or numbers

@@ -74,7 +74,7 @@ def _describe_problem(
         return f"{dotted or 'the recipe'}: {message}"
     if kind == "extra_forbidden":
         allowed = f"allowed: {_listed(keys(owner))}"
-        return f"{dotted} = {show(value)}: unknown key{_joined(_hint(path[-1], owner), allowed)}"
+        return f"{dotted} = {show(value)}: unknown key{_joined(_hint(path, owner), allowed)}"
     if kind == "missing" and value is None:  # with a value, it is an item of a list that is missing
         return _missing(path, owner)
     said = "out of range; expected" if kind in _RANGE else "expected"
@@ -103,8 +103,12 @@ def _unnamed(section: str, value: Any) -> str:
     return f"{section}.name = {show(name)}: unknown {section}{_joined(hint, known)}"
 
 
-def _hint(key: str, owner: type[BaseModel]) -> str:
-    """The same key in its right section if it has one, else the keys here that are spelt nearly so."""
+def _hint(path: Path, owner: type[BaseModel]) -> str:
+    """Who has that key: others that the section could name, or another section; else keys spelt nearly so."""
+    section, key = path[0], path[-1]
+    others = [name for name, model in NAMED.get(section, {}).items() if len(path) == 2 and key in keys(model)]
+    if others:
+        return f"; a key of {section}.name = {' or '.join(others)}"
     homes = list(dict.fromkeys(f"{section}.{key}" for section, model in _sections() if key in keys(model)))
     if homes:
         return "; did you mean " + " or ".join(repr(home) for home in homes[:3]) + "?"
@@ -199,5 +203,5 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _joined(hint: str, rest: str) -> str:
-    """A hint ends in a question mark, which stands for the semicolon."""
-    return f"{hint} {rest}" if hint else f"; {rest}"
+    """A question mark at the end of a hint stands for the semicolon."""
+    return f"{hint} {rest}" if hint.endswith("?") else f"{hint}; {rest}"

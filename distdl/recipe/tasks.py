@@ -89,9 +89,14 @@ class Translation(NamedSection):
 
 
 class Transcription(NamedSection):
-    """Images to strings of symbols, by connectionist temporal classification; the metric is accuracy."""
+    """Images or sounds to strings of symbols, by connectionist temporal classification (CTC); the metric is
+    accuracy.
+    """
 
     name: Literal["transcription"] = Field(description="The task.")
+    standardise: bool = Field(
+        True, description="Give each band of each sound mean 0 and deviation 1 over its own steps."
+    )
 
 
 class SeriesClassification(NamedSection):

@@ -87,8 +87,8 @@ class Predicting(Protocol):
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """One object for each row of the batch, in order; a class by its name, values in the units of the
-        data, a class for each pixel as a uint8 array [H, W], which is written as a PNG. Gradients are off and
-        the model is in evaluation mode; draws nothing at random.
+        data. Arrays become PNG files: a class for each pixel as uint8 [H, W], a picture as floats 0 to 1,
+        [H, W] or [H, W, 3]. Gradients are off and the model is in evaluation mode; draws nothing at random.
         """
 
 
@@ -96,7 +96,7 @@ class Drawing(Protocol):
     """What a task that can predict has besides, for `distdl predict --plot`."""
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
-        """Draw a row (its columns of one size, as numpy arrays) and its prediction on matplotlib's `axes`."""
+        """Draw a row (its columns, as numpy arrays) and its prediction on matplotlib's `axes`."""
 
 
 class Measuring(Protocol):

@@ -16,3 +16,8 @@ def class_predictions(logits: Tensor, names: Sequence[str]) -> list[Prediction]:
         {"class": names[k] if names else k, "probability": p}
         for k, p in zip(numbers.tolist(), chances.tolist(), strict=True)
     ]
+
+
+def class_title(prediction: Prediction) -> str:
+    """What a drawing says of such a prediction."""
+    return f"{prediction['class']} ({prediction['probability']:.3f})"

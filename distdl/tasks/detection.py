@@ -47,6 +47,7 @@ class Detection:
         self._min_score = min_score
         self.inputs = (image,)
         self._pictures = Pictures(image_column(data_info, image, "detection"))
+        self._names = data_info.fields[classes].classes
         found, labels = data_info.fields[boxes], data_info.fields[classes]
         if found.shape != (None, 4) or "float" not in found.dtype:
             raise DataError(_unsuitable(data_info, boxes, "floats [k, 4]: left, top, right, bottom"))
@@ -102,13 +103,19 @@ class Detection:
         return [list(pair) for pair in zip(found, there, strict=True)]
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """`objects`, best first: `box` (left, top, right, bottom, in pixels), `class` and `score`."""
+        """`objects`, best first: `box` (left, top, right, bottom, in pixels), `class` (by its name,
+        where the data have names) and `score`.
+        """
         found = centres.detections(self._output(model, batch), self._num_classes, self._most_found)
         return [{"objects": self._objects(one)} for one in found]
 
     def _objects(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         return [
-            {"box": [x, y, round(x + w, 3), round(y + h, 3)], "class": label, "score": score}
+            {
+                "box": [x, y, round(x + w, 3), round(y + h, 3)],
+                "class": self._names[label] if label < len(self._names) else label,
+                "score": score,
+            }
             for (x, y, w, h), label, score in zip(
                 found["boxes"], found["classes"], found["scores"], strict=True
             )

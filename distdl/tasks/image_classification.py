@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
-from distdl.tasks.classes import class_predictions
+from distdl.tasks.classes import class_predictions, class_title
 from distdl.tasks.columns import words
 from distdl.tasks.mixing import blend
 from distdl.tasks.pictures import Pictures, is_image
@@ -77,6 +78,11 @@ class ImageClassification:
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         return class_predictions(model(batch["images"]), self._classes)
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        axes.imshow(self._pictures.shown(row[self.image_field]), cmap="gray")
+        axes.set_title(class_title(prediction))
+        axes.set_axis_off()
 
 
 def _columns(data: DataInfo) -> tuple[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from distdl.errors import DataError
 from distdl.samples import DataInfo
-from distdl.tasks.base import Batch, Rows
+from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.columns import words
 from distdl.tasks.pictures import Pictures, image_column, is_image
 
@@ -24,6 +26,7 @@ class Reconstruction:
     ) -> None:
         self._make_model = make_model
         self.image_field = image or _only_image(data_info)
+        self.inputs = (self.image_field,)
         self._pictures = Pictures(image_column(data_info, self.image_field, "reconstruction"))
 
     def build_model(self) -> nn.Module:
@@ -44,6 +47,23 @@ class Reconstruction:
         images = batch["images"]
         error = float((model(images).double() - images).square().sum())
         return {"squared_error": (error, images.shape[0]), "pixel_error": (error, images.numel())}
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """Of each row the `image` that is given back, and its `squared_error`, summed over pixels."""
+        images = batch["images"]
+        found = model(images).float()
+        errors = (found - images).double().square().flatten(1).sum(1)
+        return [
+            {"squared_error": error, "image": image[..., 0] if image.shape[2] == 1 else image}
+            for error, image in zip(errors.tolist(), found.movedim(1, -1).cpu().numpy(), strict=True)
+        ]
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        """The image, and beside it what is given back."""
+        before = self._pictures.shown(row[self.image_field]) / 255
+        axes.imshow(np.concatenate([before, prediction["image"]], 1), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(f"squared error {prediction['squared_error']:.2f}")
+        axes.set_axis_off()
 
 
 def _only_image(data: DataInfo) -> str:

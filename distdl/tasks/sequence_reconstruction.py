@@ -1,8 +1,9 @@
-"""Sequence reconstruction: token sequences through a code and back; cross-entropy of every token."""
+"""Sequence reconstruction: tokens, or numbers over time, through a code and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,74 +13,126 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
+from distdl.tasks.columns import words
+from distdl.tasks.series_classification import is_series
 
 
 class SequenceReconstruction:
-    """Rows with one column of token ids (integers, varying length); other columns are not read.
+    """Rows with one column of token ids, or where there is none one of real numbers over time, [T] or
+    [T, channels]; of any length. Other columns are not read.
 
-    The model is called with token ids [N, longest + 1] (int64, filled up with 0) and lengths [N] (int64), and
-    gives logits [N, longest + 1, vocabulary]. The loss counts the tokens of each row and one 0, its end.
-    Metrics: accuracy (of tokens) and loss, in nats a token.
+    Of tokens the model is called with ids [N, longest + 1] (int64, filled up with 0) and lengths [N] (int64),
+    and gives logits [N, longest + 1, vocabulary]. The loss is the cross-entropy, in nats a token, of the
+    tokens of each row and of one 0, its end; metrics: accuracy (of tokens) and loss.
+
+    Of numbers it is called with series [N, longest, channels] (float, filled up with 0) and lengths, and
+    gives as many numbers. The loss is the squared error of a number; metric: loss.
     """
 
     image_field: str | None = None
 
-    padding: Mapping[str, int] = {"tokens": 0}
+    padding: Mapping[str, float] = {"sequence": 0}
     """Tensor of a batch -> what fills up its dimension 1: how batches of different widths are joined."""
 
     def __init__(self, make_model: Callable[..., nn.Module], data_info: DataInfo) -> None:
         self._make_model = make_model
-        self._token_field, self._vocabulary = _column(data_info)
-        self.inputs = (self._token_field,)
+        self._field = _column(data_info)
+        field = data_info.fields[self._field]
+        self._vocabulary, self._decode = field.vocabulary, data_info.decode
+        self._channels = (field.shape[1] if len(field.shape) == 2 else None) or 1
+        self.inputs = (self._field,)
 
     def build_model(self) -> nn.Module:
-        return self._make_model(vocabulary=self._vocabulary)
+        if self._vocabulary:
+            return self._make_model(vocabulary=self._vocabulary)
+        return self._make_model(features=self._channels)
 
     def collate(self, rows: Rows) -> Batch:
-        ragged = rows[self._token_field]
-        longest = int(ragged.lengths.max(initial=0)) + 1
-        return {
-            "tokens": torch.from_numpy(ragged.padded(0, longest).astype(np.int64)),
-            "lengths": torch.from_numpy(ragged.lengths.astype(np.int64)),
-        }
+        found = rows[self._field]
+        alike = isinstance(found, np.ndarray)
+        lengths = np.full(len(found), found.shape[1]) if alike else found.lengths
+        longest = max(int(lengths.max(initial=0)) + bool(self._vocabulary), 1)
+        sequence = found if alike else found.padded(0, longest)
+        if self._vocabulary:
+            sequence = torch.from_numpy(sequence.astype(np.int64))
+        else:
+            sequence = torch.from_numpy(sequence.astype(np.float32)).view(len(sequence), -1, self._channels)
+        return {"sequence": sequence, "lengths": torch.from_numpy(lengths.astype(np.int64))}
 
     def count(self, batch: Batch) -> int:
-        return int(batch["lengths"].sum()) + len(batch["lengths"])
+        """Tokens and ends, or numbers."""
+        lengths = batch["lengths"]
+        if self._vocabulary:
+            return int(lengths.sum()) + len(lengths)
+        return int(lengths.sum()) * self._channels
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits, targets = _real(model, batch)
-        return functional.cross_entropy(logits, targets, reduction="sum")
+        return self._losses(*self._real(model, batch)).sum()
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, int]]:
-        logits, targets = _real(model, batch)
-        loss = functional.cross_entropy(logits, targets, reduction="sum")
-        correct, n = (logits.argmax(1) == targets).sum(), len(targets)
-        return {"accuracy": (int(correct), n), "loss": (float(loss), n)}
-
-    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """Of each row the loss a token: how unlike the training rows it is."""
-        found = []
-        for i, length in enumerate(batch["lengths"].tolist()):
-            row = {name: t[i : i + 1] for name, t in batch.items()}
-            total = float(self.loss_sum(model, row))
-            found.append({"tokens": length, "loss": total / (length + 1)})
+        outputs, targets = self._real(model, batch)
+        n = targets.numel()
+        found: dict[str, tuple[float, int]] = {"loss": (float(self._losses(outputs, targets).sum()), n)}
+        if self._vocabulary:
+            found["accuracy"] = (int((outputs.argmax(1) == targets).sum()), n)
         return found
 
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """Of each row its `loss`, how unlike the training rows it is, and `steps`; and from its code alone,
+        where the model can (`given_back`), what comes back: `text` or `tokens`, or numbers, `series`.
+        """
+        outputs, targets = self._real(model, batch)
+        lengths = batch["lengths"].tolist()
+        parts = [length + bool(self._vocabulary) for length in lengths]
+        losses = self._losses(outputs, targets).split(parts)
+        found: list[Prediction] = [
+            {"steps": n, "loss": float(loss.sum()) / max(loss.numel(), 1)}
+            for n, loss in zip(lengths, losses, strict=True)
+        ]
+        give_back: Any = getattr(model, "given_back", None)
+        if give_back is not None:
+            made = give_back(batch["sequence"], batch["lengths"]).tolist()
+            found = [one | self._shown(row, n) for one, row, n in zip(found, made, lengths, strict=True)]
+        return found
 
-def _real(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits [n, vocabulary] and targets [n] of all real tokens and ends."""
-    tokens, lengths = batch["tokens"], batch["lengths"]
-    real = torch.arange(tokens.shape[1], device=tokens.device) <= lengths[:, None]
-    return model(tokens, lengths)[real].float(), tokens[real]
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        """Numbers, and what comes back."""
+        if "series" in prediction:
+            axes.plot(row[self._field], label="given")
+            axes.plot(np.array(prediction["series"]), "--", label="given back")
+            axes.legend()
+        axes.set_title(f"loss {prediction['loss']:.4g}")
+
+    def _shown(self, made: list[Any], length: int) -> Prediction:
+        if not self._vocabulary:
+            return {"series": made[:length]}
+        tokens = made[: made.index(0)] if 0 in made else made
+        return {"text": self._decode(tokens)} if self._decode else {"tokens": tokens}
+
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n], or of numbers [n, channels]."""
+        if self._vocabulary:
+            return functional.cross_entropy(outputs, targets, reduction="none")
+        return (outputs - targets).square()
+
+    def _real(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of all steps that are no filling: logits [n, vocabulary] and tokens [n], ends being among them; or
+        outputs and numbers [n, channels].
+        """
+        sequence, lengths = batch["sequence"], batch["lengths"]
+        steps = torch.arange(sequence.shape[1], device=sequence.device)
+        real = steps < (lengths + bool(self._vocabulary))[:, None]
+        return model(sequence, lengths)[real].float(), sequence[real]
 
 
-def _column(data: DataInfo) -> tuple[str, int]:
-    """The column of tokens, and how many different ones it has."""
-    found = [n for n, f in data.fields.items() if f.shape == (None,) and f.vocabulary]
+def _column(data: DataInfo) -> str:
+    """The column of tokens, or of numbers."""
+    tokens = [n for n, f in data.fields.items() if f.shape == (None,) and f.vocabulary]
+    found = tokens or [n for n, f in data.fields.items() if is_series(f)]
     if len(found) == 1:
-        return found[0], data.fields[found[0]].vocabulary or 0
+        return found[0]
     raise DataError(
-        f"task sequence_reconstruction needs one column of tokens; dataset {data.name!r} has "
-        f"{', '.join(found) or 'none'} among {', '.join(data.fields)}. `distdl data prepare --tokenize` "
-        "makes it; data.columns chooses among several"
+        "task sequence_reconstruction needs one column of tokens, or one of real numbers over time, [T] or "
+        f"[T, channels] with any T; dataset {data.name!r} has {words(data)}. `distdl data prepare "
+        "--tokenize` makes the first, of .ts files it makes the second; data.columns chooses among several"
     )

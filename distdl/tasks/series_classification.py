@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.samples import DataInfo, Field
 from distdl.tasks.base import Batch, Prediction, Rows
-from distdl.tasks.classes import class_predictions
+from distdl.tasks.classes import class_predictions, class_title
 from distdl.tasks.columns import words
 
 Series = npt.NDArray[np.float32]
@@ -89,6 +90,10 @@ class SeriesClassification:
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         return class_predictions(_logits(model, batch), self._classes)
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        axes.plot(row[self._series_field])
+        axes.set_title(class_title(prediction))
 
 
 def standardised(series: Series, real: npt.NDArray[np.bool_]) -> Series:

@@ -6,15 +6,16 @@ import csv
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from distdl.data.inputs import Inputs, Wanted, open_inputs
-from distdl.data.prepare.decode import encode_classes
+from distdl.data.prepare.decode import encode_classes, encode_picture
 from distdl.engines.precision import autocast, dtype_of
 from distdl.errors import DataError, EnvironmentProblem, RecipeError
 from distdl.observe.console import show
@@ -52,8 +53,13 @@ def predict_process(
     if not callable(getattr(task, "predict", None)):
         raise RecipeError(f"task.name = {recipe.task.name!r} has no `predict`; see docs/predict.md")
     draw = getattr(task, "draw", None)
-    if plot is not None and draw is None:
-        raise RecipeError(f"task.name = {recipe.task.name!r} draws nothing: leave out --plot")
+    if plot is not None:
+        if draw is None:
+            raise RecipeError(
+                f"task.name = {recipe.task.name!r} draws nothing: leave out --plot. What there is "
+                f"to see is in {out} itself"
+            )
+        _check_plot(plot)
     with tempfile.TemporaryDirectory() as scratch:
         like, fields = loaded.feed.parts[0], loaded.feed.info.fields
         wanted = Wanted(fields, task.inputs, getattr(task, "recent", False))
@@ -77,6 +83,7 @@ def _plain(recipe: Recipe) -> Recipe:
 def _predictions(loaded: Loaded, inputs: Inputs) -> Iterator[Prediction]:
     task: Any = loaded.task
     engine, plan, total = loaded.engine, loaded.plan, len(inputs.rows)
+    as_text = _as_text(loaded)
     collate = getattr(task, "collate_inputs", task.collate)
     with engine.evaluating(), torch.no_grad(), autocast(engine.device.type, dtype_of(plan.precision)):
         for start in range(0, total, plan.micro_batch):
@@ -84,19 +91,38 @@ def _predictions(loaded: Loaded, inputs: Inputs) -> Iterator[Prediction]:
             found = task.predict(engine.module, engine.place(collate(Columns(rows))))
             for row, prediction in enumerate(found, start):
                 name = {"file": inputs.files[row]} if inputs.files is not None else {}
-                yield {"row": row, **name, **prediction}
+                yield {"row": row, **name, **as_text(rows, row - start), **prediction}
+
+
+def _as_text(loaded: Loaded) -> Callable[[Mapping[str, Any], int], Prediction]:
+    """What a row of gathered columns reads as: `input`, from its tokens, where the dataset has its tokenizer.
+    As the model has it: a word that the tokenizer does not know is seen to be none.
+    """
+    info, task = loaded.feed.info, cast(Any, loaded.task)
+    decode, tokens = info.decode, [name for name in task.inputs if info.fields[name].vocabulary]
+    if decode is None or len(tokens) != 1:
+        return lambda rows, row: {}
+    return lambda rows, row: {"input": decode(_row(rows[tokens[0]], row).tolist())}
+
+
+def _row(column: Any, row: int) -> npt.NDArray[Any]:
+    """One row of a gathered column, an array or a Ragged."""
+    found: npt.NDArray[Any] = (
+        column[row] if isinstance(column, np.ndarray) else column.rows(row, row + 1).values
+    )
+    return found
 
 
 def _with_pictures(prediction: Prediction, out: Path) -> Prediction:
-    """Arrays of classes (uint8 [H, W]) written as PNG files into a folder beside `out`, and named in their
-    place.
+    """Arrays written as PNG files into a folder beside `out`, and named in their place: classes (uint8
+    [H, W]) and pictures (floats [H, W] or [H, W, 3], 0 to 1).
     """
     folder, named = out.with_suffix(""), dict(prediction)
     for name, value in prediction.items():
         if isinstance(value, np.ndarray):
             folder.mkdir(exist_ok=True)
             file = folder / f"{prediction['row']:06d}_{name}.png"
-            file.write_bytes(encode_classes(value))
+            file.write_bytes(encode_classes(value) if value.dtype == np.uint8 else encode_picture(value))
             named[name] = f"{folder.name}/{file.name}"
     return named
 
@@ -126,16 +152,25 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _plot(file: Path, draw: Any, rows: Mapping[str, Any], found: list[Prediction]) -> None:
+def _check_plot(file: Path) -> None:
+    """Raises EnvironmentProblem without matplotlib, DataError for a suffix that it does not write."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise EnvironmentProblem("--plot needs matplotlib: pip install matplotlib") from error
-    arrays = {name: column for name, column in rows.items() if isinstance(column, np.ndarray)}
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        kinds = ", ".join(f".{kind}" for kind in sorted(known))
+        raise DataError(f"--plot {file}: the suffix says the format, and is one of {kinds}")
+
+
+def _plot(file: Path, draw: Any, rows: Mapping[str, Any], found: list[Prediction]) -> None:
+    from matplotlib.figure import Figure
+
     count = min(PLOTTED, len(found))
     figure = Figure(figsize=(8, 2.5 * count), layout="constrained")
     for i in range(count):
         axes = figure.add_subplot(count, 1, i + 1)
-        draw(axes, {name: column[i] for name, column in arrays.items()}, found[i])
+        draw(axes, {name: _row(column, i) for name, column in rows.items()}, found[i])
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

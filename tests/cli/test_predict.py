@@ -60,6 +60,15 @@ def test_images_in_any_folder(tmp_path: Path) -> None:
     assert [p["class"] for p in found] == [p["class"] for p in whole[:3]]
     assert [p["probability"] for p in found] == pytest.approx([p["probability"] for p in whole[:3]])
     assert isinstance(found[0]["class"], str)
+    plot = tmp_path / "plots" / "first.png"
+    assert predicted(recipe, tmp_path / "photos", "--plot", str(plot)) == found
+    with Image.open(plot) as picture:
+        assert picture.size[1] > 200
+    wrong = ["--input", str(tmp_path / "photos"), "--out", str(tmp_path / "no.csv"), "--plot", "first.docx"]
+    code, said = distdl("predict", str(recipe), *wrong)
+    assert code == 5
+    assert "--plot first.docx: the suffix says the format, and is one of" in said
+    assert not (tmp_path / "no.csv").exists()
     Image.fromarray(rows["image"][0][:20]).save(tmp_path / "small.png")
     out = str(tmp_path / "no.csv")
     code, said = distdl("predict", str(recipe), "--input", str(tmp_path / "small.png"), "--out", out)
@@ -76,6 +85,12 @@ def test_lines_of_text_are_read_with_the_tokenizer_of_the_dataset(tmp_path: Path
     found = predicted(recipe, tmp_path / "lines.txt")
     assert [p["class"] for p in found] == [p["class"] for p in whole[:4]]
     assert [p["probability"] for p in found] == pytest.approx([p["probability"] for p in whole[:4]])
+    plain = distdl(
+        "predict", str(recipe), "--input", "x", "--out", str(tmp_path / "no.csv"), "--plot", "p.png"
+    )
+    assert plain[0] == 2
+    assert "draws nothing: leave out --plot" in plain[1]
+    assert found[0]["input"].split()[:3] == texts[0].lower().split()[:3]
     (tmp_path / "train.txt").write_text("\n".join(texts) + "\n")
     other = tmp_path / "other"
     made = ["--out", str(other), "--tokenize", "text", "--tokenizer", "word", "--min-count", "1"]

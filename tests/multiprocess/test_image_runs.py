@@ -21,7 +21,6 @@ from tests.commands import distdl
 from tests.multiprocess.test_parity import check_learns_alike, results
 from tests.runs import shortened, train_rank
 
-# Trains twenty-two times.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,12 +90,49 @@ def test_it_learns_and_two_processes_do_the_same_to_the_bit(name: str, runs: dic
     check_learns_alike(runs[1] / name, runs[2] / name)
 
 
+ELSEWHERE = ("fashion_resnet", "mnist_autoencoder", "scenes_unet", "scenes_centernet")
+"""Networks that are unlike each other, under the engine that cuts parameters apart."""
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_sharded_parameters_give_the_same_bits(
+    name: str, runs: dict[int, Path], data: Path, tmp_path: Path
+) -> None:
+    kind, model = SMALL[name]
+    recipe = shortened(name, data / kind, tmp_path / name, model, hardware={"engine": "fsdp"})
+    assert run_world(train_rank, 2, recipe, env={"DISTDL_CACHE": str(data / "cache")}) == [0, 0]
+    check_learns_alike(runs[2] / name, tmp_path / name)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("reference/")])
+def test_reference_networks_learn_by_sgd_and_cross_entropy_with_ddp_and_deepspeed(
+    name: str, engine: str, data: Path, tmp_path: Path
+) -> None:
+    sgd = {"name": "sgd", "lr": 0.02, "momentum": 0.9}
+    recipe = shortened(
+        name,
+        data / GARMENTS,
+        tmp_path / "run",
+        SMALL[name][1],
+        optim=sgd,
+        train={"reduction": "fast", "max_steps": 12},
+        hardware={"engine": engine},
+    )
+    assert run_world(train_rank, 2, recipe, env={"DISTDL_CACHE": str(data / "cache")}) == [0, 0]
+    losses = [row["loss"] for row in results(tmp_path / "run")[0]]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
 def predicted(name: str, runs: dict[int, Path], data: Path, *overrides: str) -> tuple[Path, list[Any]]:
-    """What `distdl predict` writes of the test rows, and where."""
+    """What `distdl predict` writes and draws of the test rows, and where."""
     run = runs[1] / name
-    out = run / "predictions.jsonl"
+    out, plot = run / "predictions.jsonl", run / "first.png"
     words = ["predict", str(run / "recipe.yaml"), *overrides, "--split", "test", "--out", str(out)]
-    code, said = distdl(*words, "--input", str(data / SCENES))
+    given = ["--input", str(data / SMALL[name][0]), "--plot", str(plot)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTDL_CACHE", str(data / "cache"))
+        code, said = distdl(*words, *given)
     assert code == 0, said
     return out, [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -121,6 +157,21 @@ def test_objects_are_listed_best_first_and_from_a_score_on(runs: dict[int, Path]
         s for row in scores for s in row if s >= bound
     ]
     assert all(len(o["box"]) == 4 for row in every for o in row["objects"])
+    names = ready(None, data / SCENES).info.fields["classes"].classes
+    assert len(names) == 10
+    assert {o["class"] for row in every for o in row["objects"]} <= {*names}
+
+
+def test_pictures_come_back_from_an_autoencoder(runs: dict[int, Path], data: Path) -> None:
+    out, found = predicted("mnist_autoencoder", runs, data)
+    rows, _ = results(runs[1] / "mnist_autoencoder")
+    assert np.mean([one["squared_error"] for one in found]) == pytest.approx(rows[-1]["eval_squared_error"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTDL_CACHE", str(data / "cache"))
+        given = open_split(ready(None, data / GARMENTS), "test", ["image"]).gather(np.arange(16))["image"]
+    back = np.stack([np.asarray(Image.open(out.parent / one["image"])) for one in found])
+    errors = ((back / 255 - given / 255) ** 2).sum((1, 2))
+    assert errors == pytest.approx([one["squared_error"] for one in found], rel=0.01)  # pixels are rounded
 
 
 def test_scenes_are_made_of_whole_garments_that_do_not_overlap(data: Path, tmp_path: Path) -> None:

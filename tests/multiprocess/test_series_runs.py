@@ -21,7 +21,17 @@ pytestmark = pytest.mark.slow
 
 CASES = {
     "lstm": {"name": "lstm", "hidden": 6, "embedding": 4, "bidirectional": True, "dropout": 0.2},
+    "gru": {
+        "name": "gru",
+        "hidden": 6,
+        "embedding": 4,
+        "layers": 2,
+        "weight_drop": 0.2,
+        "pooling": "attention",
+    },
+    "rnn": {"name": "rnn", "hidden": 6, "embedding": 4, "layer_norm": True, "pooling": "mean"},
     "fcn1d": {"name": "fcn1d", "width": 4},
+    "conv1d_resnet": {"name": "conv1d_resnet", "width": 4},
 }
 
 
@@ -67,7 +77,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "ts").mkdir()
     for split, rows, seed in (("TRAIN", 40, 0), ("TEST", 10, 1)):
-        write_ts(folder / "ts" / f"W_{split}.ts", rows, seed, fixed=request.param == "fcn1d")
+        write_ts(folder / "ts" / f"W_{split}.ts", rows, seed, fixed="1d" in request.param)
     assert distdl("data", "prepare", str(folder / "ts"), "--out", str(folder / "data"))[0] == 0
     for size in (1, 2):
         file = recipe(
@@ -97,6 +107,11 @@ def test_predictions_are_those_that_evaluation_counts(trained: Path) -> None:
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [p["row"] for p in found] == list(range(10))
     assert all(0.5 <= p["probability"] <= 1 for p in found)
+    plot = trained / "plot.png"
+    again = ["--split", "test", "--out", str(trained / "again.csv"), "--plot", str(plot)]
+    code, said = distdl("predict", config, "--input", str(trained / "data"), *again)
+    assert code == 0, said
+    assert plot.stat().st_size > 10_000
     right = np.mean([p["class"] == ("fast" if i % 2 else "slow") for i, p in enumerate(found)])
     code, said = distdl("eval", config, "--json")
     assert code == 0, said
@@ -138,7 +153,7 @@ def test_a_series_of_ones_own_as_csv(trained: Path) -> None:
         (["--input", "data", "--out", "o.txt"], 5, "one of .jsonl, .csv"),
         (["--input", "data", "--out", "o.csv"], 5, "has splits test, train: choose one"),
         (["--input", "data", "--out", "o.csv", "--checkpoint", "none"], 4, "none"),
-        (["--input", "data", "--split", "test", "--out", "o.csv", "--plot", "p.png"], 2, "draws nothing"),
+        (["--input", "data", "--split", "test", "--out", "o.csv", "--plot", "p.doc"], 5, ".png, "),
     ],
 )
 def test_what_is_wrong_is_said(trained: Path, options: list[str], code: int, says: str) -> None:
@@ -160,19 +175,24 @@ def test_a_forecast_of_the_last_steps_of_a_file(tmp_path: Path) -> None:
             "scale": pa.array([0.3] * len(starts), pa.float32()),
         }
         pq.write_table(pa.table(columns), tmp_path / "data" / f"{split}.parquet")
-    file = recipe(
-        tmp_path,
-        {"name": "forecasting", "period": 6, "lags": [2]},
-        {"name": "gru", "hidden": 8, "embedding": 4},
-        eval={"metric": "mase", "mode": "min"},
-    )
-    train_here(file, 1)
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    for size in (1, 2):
+        file = recipe(
+            tmp_path,
+            {"name": "forecasting", "period": 6, "lags": [2]},
+            {"name": "gru", "hidden": 8, "embedding": 4},
+            eval={"metric": "mase", "mode": "min"},
+            run={"dir": str(tmp_path / f"run{size}")},
+        )
+        train_here(file, size)
+    assert_same_bits(tensors(tmp_path / "run2"), tensors(tmp_path / "run1"))
+    last = json.loads((tmp_path / "run2" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"eval_mase", "eval_naive_mase", "eval_seasonal_smape", "eval_lag2_mase"} <= set(last)
     (tmp_path / "mine.csv").write_text("value\n" + "".join(f"{v}\n" for v in wave))
     out = tmp_path / "f.csv"
-    code, said = distdl("predict", str(file), "--input", str(tmp_path / "mine.csv"), "--out", str(out))
+    plot = ["--plot", str(tmp_path / "f.png")]
+    code, said = distdl("predict", str(file), "--input", str(tmp_path / "mine.csv"), "--out", str(out), *plot)
     assert code == 0, said
     with out.open() as lines:
         (row,) = csv.DictReader(lines)
     assert list(row) == ["row", "file", "forecast_1", "forecast_2", "forecast_3"]
+    assert (tmp_path / "f.png").stat().st_size > 10_000

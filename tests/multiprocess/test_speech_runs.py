@@ -87,9 +87,11 @@ def test_dialled_keys_are_heard(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     for file in files:
         file.rename(tmp_path / "new" / file.name)
-    code, text = distdl("predict", str(config), "--input", str(tmp_path / "new"), "--out", str(out))
+    plot = ["--plot", str(tmp_path / "heard.png")]
+    code, text = distdl("predict", str(config), "--input", str(tmp_path / "new"), "--out", str(out), *plot)
     assert code == 0, text
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [Path(one["file"]).name for one in found] == [f.name for f in files]
     right = [one["text"] == keys for one, keys in zip(found, said, strict=True)]
     assert np.mean(right) == pytest.approx(accuracy)
+    assert (tmp_path / "heard.png").stat().st_size > 10_000

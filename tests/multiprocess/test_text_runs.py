@@ -17,7 +17,7 @@ from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.testing import run_world
 from tests.commands import distdl
-from tests.multiprocess.test_parity import check_learns_alike
+from tests.multiprocess.test_parity import check_learns_alike, results
 from tests.runs import shortened, train_rank
 
 pytestmark = pytest.mark.slow
@@ -31,6 +31,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "r8_autoencoder": ("classes", {**ENCODER, "code": 12}),
     "r8_from_autoencoder": ("classes", ENCODER),
     "help_en_de": ("pairs", {"embedding": 12, "hidden": 12}),
+    "brown_lstm_lm": ("prose", {"embedding": 12, "hidden": 12}),
     "digits_ctc": ("digits", {"width": 4, "hidden": 12}),
 }
 """Recipe -> what it is trained on here, and what is smaller. In this order: one begins with another's run."""
@@ -56,6 +57,8 @@ def tables(split: str, rows: int) -> dict[str, pa.Table]:
         "pairs": pa.table(
             {"en": [" ".join(t) for t in texts], "de": [" ".join(WORDS[w] for w in t) for t in texts]}
         ),
+        # The next word follows from the last: there is something to learn.
+        "prose": pa.table({"text": [" ".join(([*WORDS] * 4)[i % 6 : i % 6 + 12]) for i in range(2 * rows)]}),
         "digits": pa.table(
             {
                 "image": pa.FixedSizeListArray.from_arrays(lines, 16),
@@ -67,7 +70,7 @@ def tables(split: str, rows: int) -> dict[str, pa.Table]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `classes`, `pairs` and `digits`, prepared: 48 + 16 rows each."""
+    """Folders `classes`, `pairs`, `prose` and `digits`, prepared: 48 + 16 rows, of `prose` twice as many."""
     folder = tmp_path_factory.mktemp("data")
     for split, rows in (("train", 48), ("test", 16)):
         for kind, table in tables(split, rows).items():
@@ -76,11 +79,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {
         "classes": Options(tokenize=("text",), classes=("label",), tokenizer="word", min_count=1),
         "pairs": Options(tokenize=("en", "de"), tokenizer="word", min_count=1),
+        "prose": Options(tokenize=("text",), tokenizer="word", min_count=1),
         "digits": Options(tokenize=("digits",), tokenizer="space", min_count=1),
     }
     for kind, how in options.items():
         prepare(str(folder / "in" / kind), folder / kind, how)
     return folder
+
+
+def changes(name: str, folder: Path) -> dict[str, Any]:
+    begin = {"init": {"from": str(folder / "r8_autoencoder")}} if "from" in name else {}
+    lanes = {"data": {"pack_length": 5, "eval_pack_length": 20}} if "lm" in name else {}
+    return {"optim": {"lr": 0.01}, **begin, **lanes}
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +100,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
     for size in (1, 2):
         folder = found[size] = tmp_path_factory.mktemp(f"world{size}")
         for name, (kind, model) in SMALL.items():
-            begin = {"init": {"from": str(folder / "r8_autoencoder")}} if "from" in name else {}
-            recipe = shortened(name, data / kind, folder / name, model, optim={"lr": 0.01}, **begin)
+            recipe = shortened(name, data / kind, folder / name, model, **changes(name, folder))
             assert run_world(train_rank, size, recipe) == [0] * size
     return found
 
@@ -101,12 +110,39 @@ def test_it_learns_and_two_processes_do_the_same_to_the_bit(name: str, runs: dic
     check_learns_alike(runs[1] / name, runs[2] / name)
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["r8_autoencoder", "help_en_de", "digits_ctc"])
+def test_under_engines_that_cut_parameters_apart(
+    name: str, engine: str, data: Path, runs: dict[int, Path], tmp_path: Path
+) -> None:
+    """Among them three modules with one weight, and a search that calls the model anew for each token."""
+    kind, model = SMALL[name]
+    exact = engine == "fsdp"
+    recipe = shortened(
+        name,
+        data / kind,
+        tmp_path,
+        model,
+        optim={"lr": 0.01},
+        train={"reduction": "exact" if exact else "fast"},
+        hardware={"engine": engine},
+    )
+    assert run_world(train_rank, 2, recipe) == [0, 0]
+    if exact:
+        check_learns_alike(runs[2] / name, tmp_path)
+        return
+    (rows, tensors), (others, theirs) = results(tmp_path), results(runs[2] / name)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-3)
+    assert tensors.keys() == theirs.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "given", "keys"),
     [
         ("r8_from_autoencoder", "red cat\ntwo dog\n", {"class", "probability"}),
-        ("r8_autoencoder", "red cat\ntwo dog\n", {"tokens", "loss"}),
-        ("help_en_de", "red cat\ntwo dog\n", {"text"}),
+        ("r8_autoencoder", "red cat\ntwo dog\n", {"input", "steps", "loss", "text"}),
+        ("help_en_de", "red cat\ntwo dog\n", {"input", "text"}),
+        ("brown_lstm_lm", "red cat\ntwo dog\n", {"input", "tokens", "text"}),
     ],
 )
 def test_lines_of_text_are_predicted(
@@ -120,3 +156,4 @@ def test_lines_of_text_are_predicted(
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(found) == 2
     assert all(keys <= set(one) for one in found)
+    assert [one["input"] for one in found] == given.splitlines()

@@ -58,6 +58,15 @@ def encode_classes(mask: npt.NDArray[np.uint8]) -> bytes:
     return out.getvalue()
 
 
+def encode_picture(picture: npt.NDArray[np.floating[Any]]) -> bytes:
+    """A PNG of floats, 0 (black) to 1, [H, W] or [H, W, 3]; what is beyond is cut off."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(np.rint(picture.clip(0, 1) * 255).astype(np.uint8)).save(out, "png")
+    return out.getvalue()
+
+
 def _colour(k: int) -> tuple[int, ...]:
     """Red, green, blue: black for 0; the bits of k in turn, lowest first, as in PASCAL VOC's masks."""
     return tuple(sum((k >> (3 * i + part) & 1) << (7 - i) for i in range(3)) for part in range(3))

@@ -36,12 +36,12 @@ def test_the_loss_is_of_real_tokens_and_ends() -> None:
     torch.manual_seed(0)
     mine = task(code=5, layers=2, bidirectional=True, pooling="mean")
     model, batch = mine.build_model().requires_grad_(False), mine.collate(ROWS)
-    assert batch["tokens"].tolist() == [[5, 6, 7, 0, 0], [8, 0, 0, 0, 0], [3, 4, 3, 4, 0]]
+    assert batch["sequence"].tolist() == [[5, 6, 7, 0, 0], [8, 0, 0, 0, 0], [3, 4, 3, 4, 0]]
     assert mine.count(batch) == 8 + 3
-    logits = model(batch["tokens"], batch["lengths"]).log_softmax(2).detach()
+    logits = model(batch["sequence"], batch["lengths"]).log_softmax(2).detach()
     assert logits.shape == (3, 5, 9)
     pairs = [(n, t) for n, length in enumerate([3, 1, 4]) for t in range(length + 1)]
-    by_hand = -sum(float(logits[n, t, batch["tokens"][n, t]]) for n, t in pairs)
+    by_hand = -sum(float(logits[n, t, batch["sequence"][n, t]]) for n, t in pairs)
     assert float(mine.loss_sum(model, batch)) == pytest.approx(by_hand, rel=1e-5)
     parts = [mine.collate({"text": ROWS["text"].rows(i, i + 1)}) for i in range(3)]
     apart = sum(float(mine.loss_sum(model, p)) for p in parts)
@@ -78,9 +78,12 @@ def test_it_learns_to_give_back_what_it_was_given() -> None:
     batch = mine.collate(ROWS)
     with torch.no_grad():
         assert mine.metric_sums(model, batch)["accuracy"] == (11, 11)
-        code = model.encoder(batch["tokens"], batch["lengths"])
+        code = model.encoder(batch["sequence"], batch["lengths"])
+        found = mine.predict(model, batch)
     made = model.generate(code, 6)
     assert made.tolist() == [[5, 6, 7, 0, 0, 0], [8, 0, 0, 0, 0, 0], [3, 4, 3, 4, 0, 0]]
+    assert [one["tokens"] for one in found] == [[5, 6, 7], [8], [3, 4, 3, 4]]
+    assert [one["steps"] for one in found] == [3, 1, 4]
 
 
 def test_numbers_too() -> None:
@@ -88,6 +91,33 @@ def test_numbers_too() -> None:
     model: Any = model_factory("lstm_autoencoder", KEYS)(features=2)
     assert model(torch.randn(3, 5, 2), torch.tensor([5, 2, 1])).shape == (3, 5, 2)
     assert model.generate(torch.randn(3, 128), 4).shape == (3, 4, 2)
+
+
+@pytest.mark.parametrize("steps", [None, 6])
+def test_series_come_back_from_their_code(steps: int | None) -> None:
+    torch.manual_seed(0)
+    waves = [
+        np.sin(np.arange(n) * speed).astype(np.float32)[:, None]
+        for n, speed in ((6, 0.5), (6, 2.0), (4, 1.0))
+    ]
+    waves = waves if steps is None else waves[:2]
+    rows = {"wave": np.stack(waves) if steps else Ragged(np.concatenate(waves), np.array([6, 6, 4]))}
+    data = DataInfo("waves", {"train": 3}, {"wave": Field("float", (steps, 1))}, "f")
+    mine: Any = build_task("sequence_reconstruction", {}, model_factory("lstm_autoencoder", KEYS), data)
+    model, batch = mine.build_model(), mine.collate(rows)
+    assert mine.count(batch) == (12 if steps else 16)
+    first = float(mine.loss_sum(model, batch).detach())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (mine.loss_sum(model, batch) / mine.count(batch)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = mine.predict(model.eval(), batch)
+        assert mine.metric_sums(model, batch)["loss"][0] < 0.02 * first
+    for wave, one in zip(waves, found, strict=True):
+        assert one["steps"] == len(one["series"]) == len(wave)
+        assert np.abs(np.array(one["series"]) - wave).mean() < 0.2
 
 
 def test_a_classifier_begins_with_the_encoder(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_file_line_key_value_and_what_is_allowed(old: str, new: str, message: st
             "token_dropout_id, jitter)",
         ),
         ("lr=0.1", "override lr=0.1: lr = 0.1: unknown key; did you mean 'optim.lr'? allowed: task,"),
+        ("model.cell=lstm", "unknown key; a key of model.name = crnn or image_rnn or crnn_ctc; allowed: "),
         ("train.lr=0.1", "did you mean 'optim.lr'?"),
         ("trian.epochs=3", "unknown key; did you mean 'train' or 'track'? allowed"),
         ("batch.global_=3", "unknown key; did you mean 'global'?"),

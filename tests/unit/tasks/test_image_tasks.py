@@ -242,6 +242,18 @@ def test_of_neighbouring_cells_the_best_is_kept() -> None:
     assert found["scores"] == pytest.approx([0.9526, 0.7311, 0], abs=1e-3)
 
 
+def test_an_object_has_the_name_of_its_class() -> None:
+    named = Field("int64", (None,), 2, classes=("cup", "plate"))
+    task = task_of("detection", data=info(classes=named), num_classes=2)
+    batch = task.collate(scenes())
+    found = task.predict(Says(perfect(batch)), batch)
+    assert [sorted({one["class"] for one in row["objects"]}) for row in found] == [
+        ["cup", "plate"],
+        [],
+        ["plate"],
+    ]
+
+
 # --- reconstruction ---
 
 
@@ -256,6 +268,9 @@ def test_reconstruction_sums_squares_of_an_image() -> None:
     sums = task.metric_sums(Says(answer), batch)
     assert sums["squared_error"] == (pytest.approx(plain), 3)
     assert sums["pixel_error"] == (pytest.approx(plain), 3 * 96)
+    found = task.predict(Says(answer), batch)
+    assert sum(one["squared_error"] for one in found) == pytest.approx(plain, rel=1e-5)
+    assert np.array_equal(found[1]["image"], answer[1, 0].numpy())
     with pytest.raises(DataError, match=r"needs one uint8 image column.*image.*mask.*Name it in task.image"):
         task_of("reconstruction")
 
