@@ -36,6 +36,7 @@ from distdl.record import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
+RUNS = ROOT / "runs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 DISTDL = [sys.executable, "-m", "distdl"]
 EXAMPLES = 8
@@ -220,6 +221,9 @@ ROWS: dict[str, Row] = {
         (("scenes_centernet.yaml",),),
         metric="map_50",
         prepare=SCENES,
+        first="fashion_resnet.yaml",
+        note="from an untrained network (18 layers, 7x7 stem, four epochs of the same scenes) 0.802 in 29 "
+        "minutes: the boxes were right (0.789 at an overlap of 0.75), the garments were not.",
     ),
     "scenes_unet": Row(
         "pixels of scenes composed from Fashion-MNIST",
@@ -271,19 +275,24 @@ def train_row(name: str) -> None:
     row, done = ROWS[name], kept(name)
     for command in row.prepare if len(done) < len(row.runs) else ():
         subprocess.run(shlex.split(command), cwd=ROOT, check=True)
-    begin = []
+    begin, before = [], RUNS / f"{owner_of(row.first) or f'{name}-first'}"
     if row.first and len(done) < len(row.runs):
-        before = ROOT / "runs" / "results" / f"{name}-first"
         launched([str(ROOT / "configs" / row.first), *QUIET, f"run.dir={before}"], before)
         begin = [f"init.from={before}"]
     for number, run in enumerate(row.runs):
         if not any(tuple(r.run) == run for r in done):
-            result = train(row, run, ROOT / "runs" / "results" / f"{name}-{number}", begin)
+            result = train(row, run, RUNS / f"{name}-{number}", begin)
             if row.first:
-                result.minutes += minutes_of(ROOT / "runs" / "results" / f"{name}-first") / len(row.runs)
+                result.minutes += minutes_of(before) / len(row.runs)
             done.append(result)
             KEPT.mkdir(exist_ok=True)
             write_atomic(KEPT / f"{name}.json", json.dumps([vars(r) for r in done], indent=2) + "\n")
+
+
+def owner_of(first: str) -> str | None:
+    """The folder of the run of that recipe that another row trains anyway, alone."""
+    found = [name for name, row in ROWS.items() if row.runs == ((first,),) and not row.test_split]
+    return f"{found[0]}-0" if found else None
 
 
 QUIET = ("eval.every_epochs=null",)
@@ -393,10 +402,10 @@ HEAD = (
     "# What the recipes reach",
     "",
     "Every figure was trained by `.venv/bin/python benchmarks/results.py ROW`, which also writes this page:",
-    "two processes on two CPU cores, from the recipe named, measured on the test rows at the end, with the last",
-    "weights. Figures of several runs are the mean, with the least and the largest. Recipes of data with a",
-    "validation split (`data.eval_split: validation`) were chosen by it; the others were written down once, from",
-    "what is usual for such networks, and changed where the loss of training asked for it.",
+    "two processes on two CPU cores, from the recipe named, measured on the test rows at the end, with",
+    "the last weights. Figures of several runs are the mean, with the least and the largest. Recipes of data with",
+    "a validation split (`data.eval_split: validation`) were chosen by it; the others were written down from",
+    "what is usual for such networks.",
 )
 COLUMNS = (
     "row",

@@ -24,9 +24,9 @@
 
 brown: a document a row, `</p>` after each paragraph; documents in their order, the first of them to train on
 until they are 800,000 tokens, then 200,000 to validate, the rest to test, as Bengio et al. (2003) cut it.
-brown_whole: all of them as one split, since the words that they count as rare are rare in the whole. help: paragraphs of LibreOffice's help that stand in the
-same place of the same page, of 3 to 40 words, split by page, no English paragraph twice. r8: its own split.
-spam: subject and body of each mail, no mail twice.
+brown_whole: all of them as one split, since the words that they count as rare are rare in the whole. help:
+paragraphs of LibreOffice's help that stand in the same place of the same page, of 3 to 40 words, split by
+page, no English paragraph twice. r8: its own split. spam: subject and body of each mail, no mail twice.
 """
 
 from __future__ import annotations
