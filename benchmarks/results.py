@@ -403,9 +403,9 @@ HEAD = (
     "",
     "Every figure was trained by `.venv/bin/python benchmarks/results.py ROW`, which also writes this page:",
     "two processes on two CPU cores, from the recipe named, measured on the test rows at the end, with the",
-    "last weights. Figures of several runs are the mean, with the least and the largest. Recipes of data that",
-    "have a validation split (`data.eval_split: validation`) were chosen by it; the others are what is usual",
-    "for such networks.",
+    "last weights. Figures of several runs are the mean, with the least and the largest. Recipes of data",
+    "that have a validation split (`data.eval_split: validation`) were chosen by it; the others are what is",
+    "usual for such networks.",
 )
 COLUMNS = (
     "row",
