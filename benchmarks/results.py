@@ -25,17 +25,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distdl.data import open_split, ready
+from distdl.data import Ready, open_split, ready
 from distdl.recipe import load_recipe
 from distdl.record import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "pictures"
 RUNS = ROOT / "runs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 DISTDL = [sys.executable, "-m", "distdl"]
@@ -62,6 +64,8 @@ class Row:
     """A published or simple figure to hold it against, and where it is from."""
     note: str = ""
     """What has to be said of the figure, below the table."""
+    picture: bool = False
+    """Whether `distdl predict --plot` draws some test rows for the page."""
     examples: str = ""
     """The column that a prediction is to be held against: some test rows are shown below the table."""
 
@@ -92,7 +96,11 @@ ROWS: dict[str, Row] = {
         known="two-convolution figures in the dataset's README: 0.876 to 0.939",
     ),
     "fashion_resnet": Row(
-        "Fashion-MNIST, `resnet` of 20 layers", (">=", 0.94), (("fashion_resnet.yaml",),), prepare=FULL
+        "Fashion-MNIST, `resnet` of 20 layers",
+        (">=", 0.94),
+        (("fashion_resnet.yaml",),),
+        prepare=FULL,
+        picture=True,
     ),
     "mnist_cnn5": Row(
         "MNIST, `cnn5`",
@@ -186,12 +194,14 @@ ROWS: dict[str, Row] = {
         seeds("gunpoint_fcn1d.yaml", 5),
         prepare=real("gunpoint"),
         known="FCN 1.000, ResNet 0.993 (Wang et al., 2017)",
+        picture=True,
     ),
     "digits": Row(
         "strings of digits composed from MNIST, `crnn_ctc`",
         (">=", 0.95),
         (("digits_ctc.yaml",),),
         prepare=real("digits"),
+        picture=True,
     ),
     "spoken_digits": Row(
         "spoken strings of digits composed from 5 languages' recordings, `crnn_ctc` on log-mel",
@@ -206,6 +216,7 @@ ROWS: dict[str, Row] = {
         metric="mase_of_best_baseline",
         prepare=real("sunspots"),
         test_split="test",
+        picture=True,
     ),
     "mnist_autoencoder": Row(
         "MNIST through 30 numbers and back",
@@ -214,6 +225,7 @@ ROWS: dict[str, Row] = {
         metric="squared_error",
         prepare=MNIST,
         known="PCA 13.87, deep autoencoder 3.00 (Hinton and Salakhutdinov, 2006)",
+        picture=True,
     ),
     "scenes_centernet": Row(
         "boxes in scenes composed from Fashion-MNIST",
@@ -224,6 +236,7 @@ ROWS: dict[str, Row] = {
         first="fashion_resnet.yaml",
         note="from an untrained network (18 layers, 7x7 stem, four epochs of the same scenes) 0.802 in 29 "
         "minutes: the boxes were right (0.789 at an overlap of 0.75), the garments were not.",
+        picture=True,
     ),
     "scenes_unet": Row(
         "pixels of scenes composed from Fashion-MNIST",
@@ -231,6 +244,7 @@ ROWS: dict[str, Row] = {
         (("scenes_unet.yaml",),),
         metric="miou",
         prepare=SCENES,
+        picture=True,
     ),
 }
 
@@ -287,6 +301,8 @@ def train_row(name: str) -> None:
             done.append(result)
             KEPT.mkdir(exist_ok=True)
             write_atomic(KEPT / f"{name}.json", json.dumps([vars(r) for r in done], indent=2) + "\n")
+            if row.picture and number == 0 and find_spec("matplotlib"):
+                draw(row, run, RUNS / f"{name}-0", PICTURES / f"{name}.png")
 
 
 def owner_of(first: str) -> str | None:
@@ -347,17 +363,32 @@ def train(row: Row, run: tuple[str, ...], folder: Path, begin_with: list[str]) -
     )
 
 
-def examples(row: Row, recipe: list[str], folder: Path) -> list[dict[str, str]]:
-    """Some test rows, spread over the split: what the model was given, what it says, and what was wanted."""
+def draw(row: Row, run: tuple[str, ...], folder: Path, picture: Path) -> None:
+    """Some test rows and what the finished run in `folder` says of them."""
+    config, *overrides = run
+    recipe = [str(ROOT / "configs" / config), *overrides, f"run.dir={folder}"]
+    predict(recipe, row, folder / "predictions.jsonl", "--plot", str(picture))
+
+
+def predict(recipe: list[str], row: Row, out: Path, *options: str) -> Ready:
+    """Ask a finished run for all test rows; returns their dataset."""
     data = load_recipe(recipe[0], recipe[1:]).data
     opened = ready(data.name, data.path)
-    out, split, decode = folder / "predictions.jsonl", row.test_split or data.eval_split, opened.info.decode
+    given = ["--input", str(opened.folder), "--split", row.test_split or data.eval_split, "--out", str(out)]
+    subprocess.run([*DISTDL, "predict", *recipe, *given, *options], cwd=ROOT, check=True)
+    return opened
+
+
+def examples(row: Row, recipe: list[str], folder: Path) -> list[dict[str, str]]:
+    """Some test rows, spread over the split: what the model was given, what it says, and what was wanted."""
+    out = folder / "predictions.jsonl"
+    opened = predict(recipe, row, out)
+    decode = opened.info.decode
     if decode is None:
-        raise SystemExit(f"{data.path} has no tokenizer, with which the examples would be read")
-    given = ["--input", str(opened.folder), "--split", split, "--out", str(out)]
-    subprocess.run([*DISTDL, "predict", *recipe, *given], cwd=ROOT, check=True)
+        raise SystemExit(f"{opened.folder} has no tokenizer, with which the examples would be read")
     said = [json.loads(line) for line in out.read_text().splitlines()]
     chosen = np.linspace(0, len(said) - 1, EXAMPLES + 2).astype(np.int64)[1:-1]
+    split = row.test_split or load_recipe(recipe[0], recipe[1:]).data.eval_split
     wanted = open_split(opened, split, [row.examples]).gather(chosen)[row.examples].tolist()
     return [
         {"given": said[i]["input"], "said": said[i]["text"], "wanted": decode(tokens)}
@@ -435,7 +466,9 @@ def page() -> str:
     for name, row in ROWS.items():
         if row.note:
             lines += ["", f"`{name}`: {row.note}"]
-    for name in ROWS:
+    for name, row in ROWS.items():
+        if kept(name) and (PICTURES / f"{name}.png").exists():
+            lines += ["", f"## `{name}`: the first test rows", "", f"![{row.title}](pictures/{name}.png)"]
         lines += _example_lines(name)
     return "\n".join(lines) + "\n"
 

@@ -168,9 +168,10 @@ def _plot(file: Path, draw: Any, rows: Mapping[str, Any], found: list[Prediction
     from matplotlib.figure import Figure
 
     count = min(PLOTTED, len(found))
-    figure = Figure(figsize=(8, 2.5 * count), layout="constrained")
+    lines = -(-count // 2)
+    figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
     for i in range(count):
-        axes = figure.add_subplot(count, 1, i + 1)
+        axes = figure.add_subplot(lines, 2, i + 1)
         draw(axes, {name: _row(column, i) for name, column in rows.items()}, found[i])
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
