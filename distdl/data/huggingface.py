@@ -165,13 +165,18 @@ def _add_column(found: dict[str, Column], name: str, kind: pa.DataType, feature:
             kind = kind.value_type
         else:
             break
+    while True:  # a list: what its elements are
+        if isinstance(feature, dict) and "feature" in feature:
+            feature = feature["feature"]
+        elif isinstance(feature, list) and len(feature) == 1:
+            feature = feature[0]
+        else:
+            break
     if pa.types.is_struct(kind) and not shape:
         for inner in kind:
             parts = feature if isinstance(feature, dict) else {}
             _add_column(found, f"{name}.{inner.name}", inner.type, parts.get(inner.name))
     else:
-        while isinstance(feature, dict) and "feature" in feature:  # a list: its elements' names
-            feature = feature["feature"]
         found[name] = Column(dtype=str(kind), shape=tuple(shape), classes=class_names(feature))
 
 

@@ -162,8 +162,12 @@ def open_split(ready: Ready, split: str, columns: Sequence[str] | None = None) -
 
 
 def _check_columns(stored: Mapping[str, Column], said: Mapping[str, Column], file: str) -> None:
+    """Names of classes are compared where the index has some: an earlier one had none for those in lists."""
     for name in sorted({*stored, *said}):
-        if stored.get(name) != said.get(name):
+        there, index = stored.get(name), said.get(name)
+        if there is not None and index is not None and not index.classes:
+            there = there.model_copy(update={"classes": index.classes})
+        if there != index:
             raise DataError(
                 f"column {name!r} is {_words(stored.get(name))} in {file}, and {_words(said.get(name))} in "
                 "the index: they do not belong together. Prepare the dataset again, or copy it whole."

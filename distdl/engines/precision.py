@@ -32,11 +32,11 @@ def dtype_of(precision: str) -> torch.dtype | None:
 
 def slow_here(precision: str, device: str) -> bool:
     """Whether this processor only imitates that arithmetic: many times slower than fp32, and no smaller."""
-    on_cpu = {
-        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return device == "cpu" and precision in on_cpu and not on_cpu[precision]()
+    if device != "cpu" or precision == "fp32":
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return True
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")()
 
 
 @contextmanager

@@ -31,7 +31,8 @@ segment them with ``num_pixel_classes``, to detect objects with ``num_object_cla
 them with ``num_symbols`` in the place of ``num_outputs``, to reconstruct them ``factory(input_shape=...)``;
 of tokens ``factory(vocabulary=..., num_outputs=...)``, and without `num_outputs` where the outputs are tokens
 too; of series ``factory(features=..., steps=..., num_outputs=...)``, where `steps` is None for series of
-different lengths, and to read strings in them ``factory(features=..., num_symbols=...)``."""
+different lengths, to read strings in them ``factory(features=..., num_symbols=...)``, and to reconstruct
+them ``factory(features=...)``."""
 
 
 def _of_images(model: ModelFactory) -> ModelFactory:

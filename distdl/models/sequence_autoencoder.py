@@ -16,6 +16,9 @@ from distdl.models.lstm import Pooling, Recurrent, RecurrentLayer, embedding_of
 END = 0
 """The token that fills up short rows, which no row has: it ends a row, and stands before its first step."""
 
+State = list[tuple[Tensor, Tensor] | None]
+"""Of each layer, what it goes on from; None: zeros."""
+
 
 class Decoder(nn.Module):
     """Codes [N, code] and the steps before -> outputs at every step. Each step sees the whole code."""
@@ -39,12 +42,23 @@ class Decoder(nn.Module):
 
     def forward(self, code: Tensor, before: Tensor) -> Tensor:
         """`before` [N, T] or [N, T, features]: what stands one step earlier -> [N, T, outputs]."""
-        x = self.embedding(before)
-        x = torch.cat([x, code[:, None].expand(-1, x.shape[1], -1)], 2)
+        x = self._seen(code, before)
         for layer in self.layers:
             x = layer(self.dropout(x), None)
         outputs: Tensor = self.head(self.dropout(x))
         return outputs
+
+    def onward(self, code: Tensor, before: Tensor, state: State) -> tuple[Tensor, State]:
+        """The same in evaluation, from the state that an earlier call returned; at first []."""
+        x, after = self._seen(code, before), []
+        for layer, at in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            x, reached = layer.onward(x, at)  # type: ignore[operator]
+            after.append(reached)
+        return self.head(x), after
+
+    def _seen(self, code: Tensor, before: Tensor) -> Tensor:
+        x = self.embedding(before)
+        return torch.cat([x, code[:, None].expand(-1, x.shape[1], -1)], 2)
 
 
 class SequenceAutoencoder(nn.Module):
@@ -88,14 +102,18 @@ class SequenceAutoencoder(nn.Module):
         """Codes [N, code] -> the likeliest tokens [N, steps] (int64), `END` after the end of each; or numbers
         [N, steps, features]. One step at a time, each after those made before.
         """
-        table = self.decoder.embedding
-        tokens = isinstance(table, nn.Embedding)
+        tokens = isinstance(self.decoder.embedding, nn.Embedding)
         shape = (len(code), 1) if tokens else (len(code), 1, self.decoder.head.out_features)
-        made = torch.full(shape, END, dtype=torch.int64 if tokens else code.dtype, device=code.device)
-        for _ in range(steps):
-            last = self.decoder(code, made)[:, -1:]
+        last = torch.full(shape, END, dtype=torch.int64 if tokens else code.dtype, device=code.device)
+        made = last.new_full((len(code), steps, *shape[2:]), END)
+        ended = torch.zeros(len(code), 1, dtype=torch.bool, device=code.device)
+        state: State = []
+        for step in range(steps):
+            last, state = self.decoder.onward(code, last, state)
             if tokens:
-                ended = (made[:, 1:] == END).any(1, keepdim=True)
                 last = last.argmax(2).masked_fill(ended, END)
-            made = torch.cat([made, last], 1)
-        return made[:, 1:]
+                ended |= last == END
+                if ended.all():
+                    break
+            made[:, step] = last[:, 0]
+        return made

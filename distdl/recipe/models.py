@@ -144,7 +144,9 @@ class Autoencoder(NamedSection):
         (1000, 500, 250), description="Units of each layer before the code; behind it in reverse order."
     )
     code: Count = Field(30, description="Numbers that stand for an image.")
-    norm: Literal["batch", "none"] = Field("batch", description="Normalisation between layers.")
+    norm: Literal["batch", "none"] = Field(
+        "none", description="Normalisation between layers. batch: no microbatch may be a single row."
+    )
 
 
 class ConvAutoencoder(NamedSection):

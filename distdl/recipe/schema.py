@@ -219,7 +219,9 @@ class Hardware(Section):
     affinity: Literal["numa", "none"] = Field(
         "numa", description="numa: a process stays on the CPUs of one NUMA node, its GPU's if it has one."
     )
-    channels_last: Literal["auto"] | bool = Field("auto", description="Memory layout of images.")
+    channels_last: Literal["auto"] | bool = Field(
+        "auto", description="Memory layout of images. auto: where there are convolutions that it suits."
+    )
     unused_parameters: bool = Field(False, description="Some parameters get no gradient in some steps.")
     workers: Natural = Field(0, description="Processes that run data.transform ahead. 0: in the rank itself.")
     cache_bytes: Count = Field(

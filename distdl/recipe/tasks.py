@@ -122,7 +122,9 @@ class Forecasting(NamedSection):
 
 
 class SequenceReconstruction(NamedSection):
-    """Token sequences through one vector and back, by cross-entropy; metrics: accuracy and loss a token."""
+    """Tokens, or numbers over time, through one vector and back. Tokens by cross-entropy; metrics: accuracy
+    and loss a token. Numbers by squared error; metric: loss a number.
+    """
 
     name: Literal["sequence_reconstruction"] = Field(description="The task.")
 

@@ -49,18 +49,21 @@ class Reconstruction:
         return {"squared_error": (error, images.shape[0]), "pixel_error": (error, images.numel())}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """Of each row the `image` that is given back, and its `squared_error`, summed over pixels."""
+        """Of each row the `image` that is given back (its first channel, where there are not three), and its
+        `squared_error`, summed over pixels.
+        """
         images = batch["images"]
         found = model(images).float()
         errors = (found - images).double().square().flatten(1).sum(1)
         return [
-            {"squared_error": error, "image": image[..., 0] if image.shape[2] == 1 else image}
+            {"squared_error": error, "image": image if image.shape[2] == 3 else image[..., 0]}
             for error, image in zip(errors.tolist(), found.movedim(1, -1).cpu().numpy(), strict=True)
         ]
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
         """The image, and beside it what is given back."""
         before = self._pictures.shown(row[self.image_field]) / 255
+        before = before if before.shape[2:] in ((), (3,)) else before[..., 0]
         axes.imshow(np.concatenate([before, prediction["image"]], 1), cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"squared error {prediction['squared_error']:.2f}")
         axes.set_axis_off()

@@ -39,8 +39,10 @@ class SequenceReconstruction:
         self._field = _column(data_info)
         field = data_info.fields[self._field]
         self._vocabulary, self._decode = field.vocabulary, data_info.decode
-        self._channels = (field.shape[1] if len(field.shape) == 2 else None) or 1
+        self._wide = len(field.shape) == 2
+        self._channels = (field.shape[1] if self._wide else None) or 1
         self.inputs = (self._field,)
+        self.draw = None if self._vocabulary else self._draw
 
     def build_model(self) -> nn.Module:
         if self._vocabulary:
@@ -56,7 +58,8 @@ class SequenceReconstruction:
         if self._vocabulary:
             sequence = torch.from_numpy(sequence.astype(np.int64))
         else:
-            sequence = torch.from_numpy(sequence.astype(np.float32)).view(len(sequence), -1, self._channels)
+            sequence = torch.from_numpy(sequence.astype(np.float32))
+            sequence = sequence.reshape(*sequence.shape[:2], self._channels)
         return {"sequence": sequence, "lengths": torch.from_numpy(lengths.astype(np.int64))}
 
     def count(self, batch: Batch) -> int:
@@ -95,17 +98,17 @@ class SequenceReconstruction:
             found = [one | self._shown(row, n) for one, row, n in zip(found, made, lengths, strict=True)]
         return found
 
-    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+    def _draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
         """Numbers, and what comes back."""
+        axes.plot(row[self._field], label="given")
         if "series" in prediction:
-            axes.plot(row[self._field], label="given")
             axes.plot(np.array(prediction["series"]), "--", label="given back")
             axes.legend()
         axes.set_title(f"loss {prediction['loss']:.4g}")
 
     def _shown(self, made: list[Any], length: int) -> Prediction:
         if not self._vocabulary:
-            return {"series": made[:length]}
+            return {"series": [step if self._wide else step[0] for step in made[:length]]}
         tokens = made[: made.index(0)] if 0 in made else made
         return {"text": self._decode(tokens)} if self._decode else {"tokens": tokens}
 

@@ -64,10 +64,13 @@ def predict_process(
         like, fields = loaded.feed.parts[0], loaded.feed.info.fields
         wanted = Wanted(fields, task.inputs, getattr(task, "recent", False))
         inputs = open_inputs(given, like, wanted, Path(scratch), split)
-        found = list(_predictions(loaded, inputs))
-        if plot is not None:
-            shown = inputs.gather(np.arange(min(PLOTTED, len(found))))
-            _plot(plot, draw, shown, found)
+        found, first = [], []
+        for prediction in _predictions(loaded, inputs):
+            if plot is not None and len(first) < PLOTTED:
+                first.append(prediction)
+            found.append(_encoded(prediction))
+        if plot is not None and first:
+            _plot(plot, draw, inputs.gather(np.arange(len(first))), first)
     out.parent.mkdir(parents=True, exist_ok=True)
     found = [_with_pictures(prediction, out) for prediction in found]
     write_atomic(out, _as_csv(found) if out.suffix == ".csv" else _as_lines(found))
@@ -113,16 +116,33 @@ def _row(column: Any, row: int) -> npt.NDArray[Any]:
     return found
 
 
-def _with_pictures(prediction: Prediction, out: Path) -> Prediction:
-    """Arrays written as PNG files into a folder beside `out`, and named in their place: classes (uint8
-    [H, W]) and pictures (floats [H, W] or [H, W, 3], 0 to 1).
+def _encoded(prediction: Prediction) -> Prediction:
+    """Arrays as the bytes of PNG files: classes (uint8 [H, W]) and pictures (floats [H, W] or [H, W, 3], 0 to
+    1). Raises DataError for others.
     """
+    return {k: _png(k, v) if isinstance(v, np.ndarray) else v for k, v in prediction.items()}
+
+
+def _png(name: str, value: npt.NDArray[Any]) -> bytes:
+    if value.dtype == np.uint8 and value.ndim == 2:
+        return encode_classes(value)
+    if np.issubdtype(value.dtype, np.floating) and (value.ndim == 2 or value.shape[2:] == (3,)):
+        return encode_picture(value)
+    raise DataError(
+        f"prediction {name!r} is an array of {value.dtype} {list(value.shape)}; expected classes, uint8 "
+        "[H, W], or a picture, floats from 0 to 1, [H, W] or [H, W, 3]. Numbers are written as lists "
+        "(.tolist())"
+    )
+
+
+def _with_pictures(prediction: Prediction, out: Path) -> Prediction:
+    """PNG files written into a folder beside `out`, and named in their place."""
     folder, named = out.with_suffix(""), dict(prediction)
     for name, value in prediction.items():
-        if isinstance(value, np.ndarray):
+        if isinstance(value, bytes):
             folder.mkdir(exist_ok=True)
             file = folder / f"{prediction['row']:06d}_{name}.png"
-            file.write_bytes(encode_classes(value) if value.dtype == np.uint8 else encode_picture(value))
+            file.write_bytes(value)
             named[name] = f"{folder.name}/{file.name}"
     return named
 
@@ -167,11 +187,10 @@ def _check_plot(file: Path) -> None:
 def _plot(file: Path, draw: Any, rows: Mapping[str, Any], found: list[Prediction]) -> None:
     from matplotlib.figure import Figure
 
-    count = min(PLOTTED, len(found))
-    lines = -(-count // 2)
+    lines = -(-len(found) // 2)
     figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
-    for i in range(count):
+    for i, prediction in enumerate(found):
         axes = figure.add_subplot(lines, 2, i + 1)
-        draw(axes, {name: _row(column, i) for name, column in rows.items()}, found[i])
+        draw(axes, {name: _row(column, i) for name, column in rows.items()}, prediction)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

@@ -1,4 +1,4 @@
-"""The examples that need data of their own: made or fetched, prepared, trained for a step."""
+"""The examples that need data of their own: made or fetched, prepared, trained for a few steps."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def write(results: Any, **changes: Any) -> str:
 
 def test_a_figure_is_of_its_recipe(results: Any) -> None:
     recipe = write(results)
-    said = {"given": "a | b", "said": "c", "wanted": "d"}
+    said = {"given": "a | b <unk>", "said": "c", "wanted": "d"}
     one = results.Result(["mine.yaml", "train.seed=1"], 0.75, 3.2, "abc", "cpu", {}, recipe, [said])
     results.KEPT.mkdir()
     (results.KEPT / "mine.json").write_text(json.dumps([vars(one)]))
@@ -60,7 +60,7 @@ def test_a_figure_is_of_its_recipe(results: Any) -> None:
         in page
     )
     assert "\n`mine`: the first of its kind\n" in page
-    assert r"| given | a \| b |" in page
+    assert "| given | a &#124; b &lt;unk&gt; |" in page
     write(results, run={"dir": "elsewhere"}, checkpoint={"keep": 7}, hardware={"threads": 1})
     assert results.state("mine") == ("0.75", "reached")
     write(results, optim={"name": "sgd", "lr": 0.2})
@@ -69,7 +69,13 @@ def test_a_figure_is_of_its_recipe(results: Any) -> None:
 
 
 def test_a_row_begins_with_the_run_of_another(results: Any) -> None:
-    first = results.Row("first", (">", 0.0), (("first.yaml",),))
-    results.ROWS.update(other=first)
-    assert results.owner_of("first.yaml") == "other-0"
-    assert results.owner_of("mine.yaml") is None, "it has an override"
+    write(results)
+    for name in ("first", "last"):
+        (results.ROOT / "configs" / f"{name}.yaml").write_text(json.dumps(RECIPE))
+    results.ROWS["last"] = results.Row("last", (">", 0.0), (("last.yaml",),), first="first.yaml")
+    assert results.first_of("last").name.startswith("last-first-")
+    results.ROWS["first"] = results.Row("first", (">", 0.0), (("first.yaml",),))
+    assert results.first_of("last") == results.folder_of("first", 0)
+    before = results.folder_of("first", 0)
+    (results.ROOT / "configs" / "first.yaml").write_text(json.dumps(RECIPE | {"train": {"epochs": 2}}))
+    assert results.folder_of("first", 0) != before

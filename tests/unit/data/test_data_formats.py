@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from distdl.data import open_split, ready
 from distdl.data.index import Index, read_index, resolve
 from distdl.data.prepare.idx import read_idx
 from distdl.data.prepare.options import Options
@@ -240,6 +241,31 @@ def test_what_datasets_saved_and_every_feature_that_has_a_shape(tmp_path: Path) 
     again = datasets.load_from_disk(str(tmp_path / "made"))["train"]
     assert again.features["label"].names == ["a", "b"]
     assert np.array_equal(again[:]["image"], found["image"])
+
+
+def test_classes_of_lists_have_their_names(tmp_path: Path) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["cup", "plate"])
+    objects = datasets.Sequence({"category": label, "size": datasets.Value("int16")})
+    features = datasets.Features({"tags": datasets.Sequence(label), "objects": objects})
+    columns = {
+        "tags": [[0, 1], [1]],
+        "objects": [{"category": [1], "size": [3]}, {"category": [0, 0], "size": [3, 4]}],
+    }
+    datasets.disable_progress_bars()
+    saved = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "d")
+    datasets.enable_progress_bars()
+    index, _ = made(tmp_path / "d", tmp_path)
+    names = {name: column.classes for name, column in index.columns.items()}
+    assert names == {"tags": ("cup", "plate"), "objects.category": ("cup", "plate"), "objects.size": None}
+    # An index that was written before they were read is not refused.
+    bare = {name: column.model_copy(update={"classes": None}) for name, column in index.columns.items()}
+    out = tmp_path / "made"
+    (out / "index.json").write_text(index.model_copy(update={"columns": bare}).to_json())
+    tags = open_split(ready(None, out), "train", ["tags"]).gather(np.arange(2))["tags"]
+    assert tags.tolist() == [[0, 1], [1]]
 
 
 def test_ragged_where_a_feature_promises_a_shape(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def test_recurrent_layers_run_in_bf16_on_any_processor(
 
 def test_short_arithmetic_is_slow_where_a_processor_only_imitates_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
     assert slow_here("bf16", "cpu")
+    assert slow_here("fp16", "cpu")
     assert not slow_here("bf16", "cuda")
     assert not slow_here("fp32", "cpu")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)

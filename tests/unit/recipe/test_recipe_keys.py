@@ -1,4 +1,4 @@
-"""What a built-in task or model can be told is what a recipe can tell it: no key is missing, none is idle."""
+"""What a built-in task can be told is what a recipe can tell it: no key is missing, none is idle."""
 
 from __future__ import annotations
 
