@@ -14,7 +14,9 @@ from distdl.topology import Topology
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-def shortened(name: str, data: Path, run: Path, model: dict[str, Any], **changes: dict[str, Any]) -> Recipe:
+def shortened(
+    name: str, data: Path, run: Path, model: dict[str, Any], /, **changes: dict[str, Any]
+) -> Recipe:
     """A recipe of configs/ in exact mode, but for its size, its length, and a learning rate for few steps."""
     sections = load_recipe(CONFIGS / f"{name}.yaml").model_dump(mode="json", by_alias=True)
     sections["model"] |= model

@@ -99,10 +99,11 @@ ELSEWHERE = ("fashion_resnet", "mnist_autoencoder", "scenes_unet", "scenes_cente
 def test_sharded_parameters_give_the_same_bits(
     name: str, runs: dict[int, Path], data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "fashion_resnet").symlink_to(runs[2] / "fashion_resnet")
-    recipe = small(name, data, tmp_path, hardware={"engine": "fsdp"}, run={"dir": str(tmp_path / "sharded")})
+    if name == "scenes_centernet":  # begins with it
+        (tmp_path / "fashion_resnet").symlink_to(runs[2] / "fashion_resnet")
+    recipe = small(name, data, tmp_path, hardware={"engine": "fsdp"})
     assert run_world(train_rank, 2, recipe, env={"DISTDL_CACHE": str(data / "cache")}) == [0, 0]
-    check_learns_alike(runs[2] / name, tmp_path / "sharded")
+    check_learns_alike(runs[2] / name, tmp_path / name)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
