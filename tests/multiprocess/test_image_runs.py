@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GARMENTS, SCENES = "garments", "scenes"
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    "fashion_resnet": (GARMENTS, {}),
+    "fashion_resnet": (GARMENTS, {"width": 4}),
     "cifar100_resnet18": (GARMENTS, {"width": 4}),
     "mnist_cnn5": (GARMENTS, {"width": 4}),
     "reference/cnn5": (GARMENTS, {"width": 4}),
@@ -37,7 +37,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "mnist_autoencoder": (GARMENTS, {"hidden": [64], "code": 8}),
     "fashion_conv_autoencoder": (GARMENTS, {"width": 4}),
     "scenes_unet": (SCENES, {"width": 4, "levels": 2}),
-    "scenes_centernet": (SCENES, {"hidden": 16}),
+    "scenes_centernet": (SCENES, {"width": 4, "hidden": 16}),
 }
 """Recipe -> what it is trained on here, and what is smaller. In this order: one begins with another's run."""
 
