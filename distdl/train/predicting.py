@@ -64,7 +64,8 @@ def predict_process(
         like, fields = loaded.feed.parts[0], loaded.feed.info.fields
         wanted = Wanted(fields, task.inputs, getattr(task, "recent", False))
         inputs = open_inputs(given, like, wanted, Path(scratch), split)
-        found, first = [], []
+        found: list[Prediction] = []
+        first: list[Prediction] = []
         for prediction in _predictions(loaded, inputs):
             if plot is not None and len(first) < PLOTTED:
                 first.append(prediction)
