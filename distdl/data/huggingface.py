@@ -166,8 +166,8 @@ def _add_column(found: dict[str, Column], name: str, kind: pa.DataType, feature:
         else:
             break
     while True:  # a list: what its elements are
-        if isinstance(feature, dict) and "feature" in feature:
-            feature = feature["feature"]
+        if isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList"):
+            feature = feature.get("feature")
         elif isinstance(feature, list) and len(feature) == 1:
             feature = feature[0]
         else:

@@ -248,10 +248,12 @@ def test_classes_of_lists_have_their_names(tmp_path: Path) -> None:
 
     label = datasets.ClassLabel(names=["cup", "plate"])
     objects = datasets.Sequence({"category": label, "size": datasets.Value("int16")})
-    features = datasets.Features({"tags": datasets.Sequence(label), "objects": objects})
+    inner = {"feature": label, "n": datasets.Value("int16")}  # named as what a list's feature has
+    features = datasets.Features({"tags": datasets.Sequence(label), "objects": objects, "one": inner})
     columns = {
         "tags": [[0, 1], [1]],
         "objects": [{"category": [1], "size": [3]}, {"category": [0, 0], "size": [3, 4]}],
+        "one": [{"feature": 1, "n": 2}] * 2,
     }
     datasets.disable_progress_bars()
     saved = datasets.Dataset.from_dict(columns, features=features)
@@ -259,7 +261,8 @@ def test_classes_of_lists_have_their_names(tmp_path: Path) -> None:
     datasets.enable_progress_bars()
     index, _ = made(tmp_path / "d", tmp_path)
     names = {name: column.classes for name, column in index.columns.items()}
-    assert names == {"tags": ("cup", "plate"), "objects.category": ("cup", "plate"), "objects.size": None}
+    named = dict.fromkeys(("tags", "objects.category", "one.feature"), ("cup", "plate"))
+    assert names == {**named, "objects.size": None, "one.n": None}
     # An index that was written before they were read is not refused.
     bare = {name: column.model_copy(update={"classes": None}) for name, column in index.columns.items()}
     out = tmp_path / "made"
