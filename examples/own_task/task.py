@@ -7,13 +7,14 @@ pixels; distdl divides by the count of the whole step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distdl.samples import DataInfo
-from distdl.tasks import Batch, Rows
+from distdl.tasks import Batch, Prediction, Rows
 
 
 class Denoise:
@@ -21,6 +22,9 @@ class Denoise:
 
     image_field = "image"
     """The column that `data.augment` acts on; None would mean none."""
+
+    inputs = ("image",)
+    """The columns that `predict` reads."""
 
     def __init__(self, make_model: Callable[..., nn.Module], data_info: DataInfo, noise: float = 0.5) -> None:
         self._make_model = make_model
@@ -52,6 +56,19 @@ class Denoise:
         noise = torch.randn(clean.shape[1:], generator=generator).to(clean.device)
         error = _squared_error(model, clean + self._noise * noise, clean)
         return {"mse": (float(error), clean.numel())}
+
+    # What follows is for `distdl predict`, and may be left out.
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """The images of `--input` without their noise: floats 0 to 1, [H, W], which become PNG files."""
+        given = batch["clean"]  # what collate calls it: here it is what is to be cleaned
+        found = model(given).float().view_as(given).clamp(0, 1)
+        return [{"image": image} for image in found[:, 0].cpu().numpy()]
+
+    def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
+        """The image and, right of it, without its noise."""
+        axes.imshow(np.concatenate([row["image"] / 255, prediction["image"]], 1), cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
 
 
 def _squared_error(model: nn.Module, noisy: Tensor, clean: Tensor) -> Tensor:

@@ -128,27 +128,49 @@ def test_reference_networks_learn_by_sgd_and_cross_entropy_with_ddp_and_deepspee
 
 def predicted(name: str, runs: dict[int, Path], data: Path, *overrides: str) -> tuple[Path, list[Any]]:
     """What `distdl predict` writes and draws of the test rows, and where."""
-    run = runs[1] / name
-    out, plot = run / "predictions.jsonl", run / "first.png"
-    words = ["predict", str(run / "recipe.yaml"), *overrides, "--split", "test", "--out", str(out)]
-    given = ["--input", str(data / SMALL[name][0]), "--plot", str(plot)]
+    given = data / SMALL[name][0]
+    return predicted_of(runs[1] / name, given, data, *overrides, "--split", "test")
+
+
+def predicted_of(run: Path, given: Path, data: Path, *options: str) -> tuple[Path, list[Any]]:
+    out, plot = run / f"{given.name}.jsonl", run / f"{given.name}.png"
+    words = ["predict", str(run / "recipe.yaml"), *options, "--input", str(given), "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTDL_CACHE", str(data / "cache"))
-        code, said = distdl(*words, *given)
+        code, said = distdl(*words, "--plot", str(plot))
     assert code == 0, said
+    assert plot.stat().st_size > 10_000
     return out, [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_masks_are_written_as_pictures_of_class_numbers(runs: dict[int, Path], data: Path) -> None:
+@pytest.fixture(scope="module")
+def photos(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two scenes of the test split, as a folder of pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    scenes = open_split(ready(None, data / SCENES), "test", ["image"]).gather(np.arange(2))["image"]
+    for number, scene in enumerate(scenes):
+        Image.fromarray(scene).save(folder / f"{number}.png")
+    return folder
+
+
+def test_masks_are_written_as_pictures_of_class_numbers(
+    runs: dict[int, Path], data: Path, photos: Path
+) -> None:
     out, found = predicted("scenes_unet", runs, data)
     true = open_split(ready(None, data / SCENES), "test", None).gather(np.arange(16))["mask"]
     masks = np.stack([np.asarray(Image.open(out.parent / one["mask"])) for one in found])
     rows, _ = results(runs[1] / "scenes_unet")
     assert (masks == true).mean() == pytest.approx(rows[-1]["eval_accuracy"])
     assert Image.open(out.parent / found[0]["mask"]).convert("RGB").getpixel((0, 0)) is not None
+    out, found = predicted_of(runs[1] / "scenes_unet", photos, data)  # a folder of pictures: the same
+    assert [Path(one["file"]).name for one in found] == ["0.png", "1.png"]
+    again = np.stack([np.asarray(Image.open(out.parent / one["mask"])) for one in found])
+    assert np.array_equal(again, masks[:2])
 
 
-def test_objects_are_listed_best_first_and_from_a_score_on(runs: dict[int, Path], data: Path) -> None:
+def test_objects_are_listed_best_first_and_from_a_score_on(
+    runs: dict[int, Path], data: Path, photos: Path
+) -> None:
     every = predicted("scenes_centernet", runs, data, "task.min_score=0.0")[1]
     assert len(every) == 16
     scores = [[one["score"] for one in row["objects"]] for row in every]
@@ -162,6 +184,8 @@ def test_objects_are_listed_best_first_and_from_a_score_on(runs: dict[int, Path]
     names = ready(None, data / SCENES).info.fields["classes"].classes
     assert len(names) == 10
     assert {o["class"] for row in every for o in row["objects"]} <= {*names}
+    again = predicted_of(runs[1] / "scenes_centernet", photos, data, "task.min_score=0.0")[1]
+    assert [row["objects"] for row in again] == [row["objects"] for row in every[:2]]
 
 
 def test_pictures_come_back_from_an_autoencoder(runs: dict[int, Path], data: Path) -> None:

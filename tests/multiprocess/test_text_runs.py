@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from distdl.data import open_split, ready
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.testing import run_world
@@ -157,3 +159,22 @@ def test_lines_of_text_are_predicted(
     assert len(found) == 2
     assert all(keys <= set(one) for one in found)
     assert [one["input"] for one in found] == given.splitlines()
+
+
+def test_strings_are_read_in_a_folder_of_pictures(data: Path, runs: dict[int, Path], tmp_path: Path) -> None:
+    recipe = str(runs[1] / "digits_ctc" / "recipe.yaml")
+    (tmp_path / "photos").mkdir()
+    rows = open_split(ready(None, data / "digits"), "test", ["image"]).gather(np.arange(16))
+    for number, picture in enumerate(rows["image"]):
+        Image.fromarray(picture).save(tmp_path / "photos" / f"{number:02d}.png")
+    found = []
+    for given in (
+        ["--input", str(data / "digits"), "--split", "test"],
+        ["--input", str(tmp_path / "photos")],
+    ):
+        out = tmp_path / "out.jsonl"
+        code, said = distdl("predict", recipe, *given, "--out", str(out))
+        assert code == 0, said
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    assert [Path(one["file"]).name for one in found[1]] == [f"{number:02d}.png" for number in range(16)]
+    assert [one["text"] for one in found[1]] == [one["text"] for one in found[0]]
