@@ -99,8 +99,8 @@ class ResNet(nn.Module):
     """Images [N, C, H, W] (float) of any size -> logits [N, num_outputs]. He et al. (2016), arXiv:1512.03385.
 
     Depth 18, 34, 50, 101, 152: four stages, by default with the stem for large images and 64 wide, strides in
-    the 3x3 convolutions of a block. Depth 6n + 2 (20, 32, 44, 56, 110): three stages, with the stem for small
-    images and 16 wide.
+    the 3x3 convolutions of a block. Depth 6n + 2 (8, 14, 20, 32, 44, 56, 110): three stages, with the stem
+    for small images and 16 wide.
     """
 
     def __init__(

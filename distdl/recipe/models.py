@@ -94,7 +94,7 @@ class ImageRnn(NamedSection):
     outputs: Count | None = Field(None, description="Outputs of the head. Null: one for each class.")
 
 
-_Depth = Literal[18, 34, 50, 101, 152, 20, 32, 44, 56, 110]
+_Depth = Literal[18, 34, 50, 101, 152, 8, 14, 20, 32, 44, 56, 110]
 
 
 class ResNet(NamedSection):
@@ -102,7 +102,8 @@ class ResNet(NamedSection):
 
     name: Literal["resnet"] = Field(description="The model.")
     depth: _Depth = Field(
-        18, description="Layers: 18 to 152 in four stages; 20, 32, 44, 56, 110 in three, for small images."
+        18,
+        description="Layers: 18 to 152 in four stages; 8, 14, 20, 32, 44, 56, 110 in three (small images).",
     )
     stem: Literal["imagenet", "cifar"] | None = Field(
         None, description="First layers: 7x7 and pooling, or one 3x3. Null: as is usual for the depth."
