@@ -67,7 +67,9 @@ def test_resnets_for_large_images_have_the_usual_number_of_parameters(
         assert parameters(ResNet(shape[0], 1000, depth)) == expected
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(20, 20), (32, 32), (56, 56), (18, 18), (50, 50)])
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(8, 8), (14, 14), (20, 20), (32, 32), (56, 56), (18, 18), (50, 50)]
+)
 def test_depth_counts_the_layers(depth: int, layers: int) -> None:
     with torch.device("meta"):
         model = ResNet(3, 10, depth)
