@@ -83,12 +83,20 @@ def scenes(
         "classes": pa.list_(pa.int64()),
     }
     columns = {
-        name: pa.array([row[name].tolist() if kind is square else row[name] for row in made], kind)
+        name: _squares([row[name] for row in made])
+        if kind is square
+        else pa.array([r[name] for r in made], kind)
         for name, kind in types.items()
     }
     table = pa.table(columns)
     named = {"classes": {"feature": class_label(names), "length": -1, "_type": "Sequence"}}
     return table.cast(with_features(table.schema, named))
+
+
+def _squares(images: list[Pixels]) -> pa.Array:
+    """Without a Python number for each pixel, which would take gigabytes."""
+    lines = pa.FixedSizeListArray.from_arrays(pa.array(np.stack(images).reshape(-1)), SIDE)
+    return pa.FixedSizeListArray.from_arrays(lines, SIDE)
 
 
 def compose(source: str, out: Path, counts: dict[str, int], seed: int, overwrite: bool = False) -> None:
