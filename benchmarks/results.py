@@ -168,7 +168,7 @@ ROWS: dict[str, Row] = {
     "help_en_de": Row(
         "software help, English to German, pages kept apart",
         (">=", 18.0),
-        (("help_en_de.yaml",),),
+        (("help_en_de.yaml", BF16),),
         metric="bleu",
         prepare=real("help_en_de"),
         test_split="test",
@@ -239,7 +239,7 @@ ROWS: dict[str, Row] = {
     "scenes_centernet": Row(
         "boxes in scenes composed from Fashion-MNIST",
         (">=", 0.90),
-        (("scenes_centernet.yaml",),),
+        (("scenes_centernet.yaml", BF16),),
         metric="map_50",
         prepare=SCENES,
         first=("fashion_resnet.yaml", BF16),
@@ -251,7 +251,7 @@ ROWS: dict[str, Row] = {
     "scenes_unet": Row(
         "pixels of scenes composed from Fashion-MNIST",
         (">=", 0.85),
-        (("scenes_unet.yaml",),),
+        (("scenes_unet.yaml", BF16),),
         metric="miou",
         prepare=SCENES,
         picture=True,
