@@ -44,6 +44,12 @@ def prepare_command(
     columns: Annotated[_Text, typer.Option(help="Columns to keep: a,b,c.")] = None,
     rename: Annotated[_Texts, typer.Option(help="old=new; repeatable.")] = None,
     image_size: Annotated[_Text, typer.Option(help="Resize images: N or HxW pixels.")] = None,
+    masks: Annotated[
+        _Texts, typer.Option(help="Image column whose pixels are class numbers; repeatable.")
+    ] = None,
+    boxes: Annotated[
+        _Texts, typer.Option(help="Column of boxes, resized as the images are; repeatable.")
+    ] = None,
     sample_rate: Annotated[int, typer.Option(help="Hz; sound is read up to half of it.")] = 16_000,
     mels: Annotated[int, typer.Option(help="Bands of sound in a frame (log-mel).")] = 80,
     classes: Annotated[_Texts, typer.Option(help="Text column to number; repeatable.")] = None,
@@ -75,6 +81,8 @@ def prepare_command(
         columns=_names(columns),
         rename=dict(_pair(text, "--rename") for text in rename or ()),
         image_size=_size(image_size),
+        masks=tuple(masks or ()),
+        boxes=tuple(boxes or ()),
         sample_rate=sample_rate,
         mels=mels,
         classes=tuple(classes or ()),

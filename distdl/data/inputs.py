@@ -112,10 +112,20 @@ def _place(given: Path, wanted: Wanted, scratch: Path) -> tuple[Path, list[str] 
     series = [p for p in found if p.suffix == ".csv"] if _is_series(field) else []
     if series and column not in _header(series[0]):
         lists = [_numbers(p, field, wanted.recent) for p in series]
+        for file, one in zip(series, lists, strict=True):
+            if one.shape[1:] != lists[0].shape[1:]:
+                raise DataError(
+                    f"{file} has {_columns(one)}, and {series[0]} {_columns(lists[0])}; expected as many in "
+                    "each"
+                )
         kind = pa.list_(pa.float32() if lists[0].ndim == 1 else pa.list_(pa.float32(), lists[0].shape[1]))
         values = pa.array([one.tolist() for one in lists], kind)
         return _written(column, values, feature_of(kind), scratch), [str(p) for p in series]
     return given, None
+
+
+def _columns(series: npt.NDArray[np.float32]) -> str:
+    return f"{series.shape[1] if series.ndim > 1 else 1} columns of numbers"
 
 
 def _written(column: str, values: pa.Array, feature: Any, scratch: Path) -> Path:

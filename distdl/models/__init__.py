@@ -85,7 +85,7 @@ def _recurrent(cell: str) -> ModelFactory:
 
 
 def _lstm_autoencoder(
-    vocabulary: int | None = None, features: int | None = None, steps: int | None = None, **keys: Any
+    features: int | None, vocabulary: int | None = None, steps: int | None = None, **keys: Any
 ) -> nn.Module:
     if vocabulary is None and features is None:
         raise RecipeError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distdl.models.layers import norm_of
+from distdl.models.layers import average_pool, norm_of
 
 
 class Cnn5(nn.Module):
@@ -43,7 +43,7 @@ class Cnn5(nn.Module):
             x = functional.relu(norm(convolution(x)))
             if i in (1, 3):
                 x = functional.max_pool2d(x, 2, ceil_mode=True)
-        x = torch.flatten(functional.adaptive_avg_pool2d(x, 2), 1)
+        x = torch.flatten(average_pool(x, (2, 2)), 1)
         x = self.dropout(functional.relu(self.hidden(x)))
         logits: Tensor = self.head(x)
         return logits

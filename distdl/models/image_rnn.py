@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from distdl.errors import RecipeError
+from distdl.models.layers import average_pool
 from distdl.models.lstm import RecurrentLayer
 
 
@@ -45,7 +45,7 @@ class ImageRnn(nn.Module):
         self.head = nn.Linear(hidden, outputs or num_outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        rows = functional.adaptive_avg_pool2d(images.mean(1), self._size)
+        rows = average_pool(images.mean(1), self._size)
         x: Tensor = self.widen(rows)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             y = norm(x)

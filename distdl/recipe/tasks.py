@@ -45,7 +45,7 @@ class Segmentation(NamedSection):
     num_classes: Count = Field(description="Classes in the mask, background included: pixels 0 to this - 1.")
     image: Text = Field("image", description="Column of the images.")
     mask: Text = Field("mask", description="Column of the masks: a class for every pixel (uint8).")
-    ignore: Natural = Field(255, description="Mask value of pixels that are not counted.")
+    ignore: int = Field(255, ge=0, le=255, description="Mask value of pixels that are not counted.")
 
 
 class Detection(NamedSection):

@@ -152,11 +152,12 @@ class Detection:
                 f"{where}: classes reach from {labels.min()} to {labels.max()}; task.num_classes is "
                 f"{self._num_classes}, so they have to be 0 to {self._num_classes - 1}"
             )
-        wrong = corners[(corners[:, 2:] <= corners[:, :2]).any(1)]
+        good = np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+        wrong = corners[~good]
         if len(wrong):
             raise DataError(
-                f"{where}: box {wrong[0].tolist()} is empty; expected left, top, right, bottom with right > "
-                "left and bottom > top"
+                f"{where}: box {wrong[0].tolist()} is empty, or not finite; expected left, top, right, "
+                "bottom with right > left and bottom > top"
             )
 
 

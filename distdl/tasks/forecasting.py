@@ -119,9 +119,10 @@ def _forecast(model: nn.Module, history: Tensor) -> Tensor:
 
 
 def _spread(history: Tensor) -> Tensor:
-    """The deviation of each history, [N, 1]; 1 where it does not vary."""
+    """The deviation of each history, [N, 1]; 1 where it does not vary but for the rounding of its mean."""
     spread = history.std(1, correction=0, keepdim=True)
-    return torch.where(spread > 1e-6, spread, torch.ones_like(spread))
+    largest = history.abs().amax(1, keepdim=True)
+    return torch.where(spread > 5e-7 * largest, spread, torch.ones_like(spread))
 
 
 def _sizes(data: DataInfo) -> tuple[int, int]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
 from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
-from distdl.tasks.classes import class_predictions, class_title
+from distdl.tasks.classes import class_predictions, class_title, labels_of
 from distdl.tasks.columns import words
 from distdl.tasks.mixing import blend
 from distdl.tasks.pictures import Pictures, is_image
@@ -39,7 +37,7 @@ class ImageClassification:
         self._smoothing = label_smoothing
         self._mixup, self._cutmix = mixup, cutmix
         self.image_field, self._label_field = _columns(data_info)
-        self._num_classes = data_info.fields[self._label_field].num_classes
+        self._num_classes = data_info.fields[self._label_field].num_classes or 0
         self._classes = data_info.fields[self._label_field].classes
         self.inputs = (self.image_field,)
         self._pictures = Pictures(data_info.fields[self.image_field])
@@ -50,7 +48,8 @@ class ImageClassification:
 
     def collate(self, rows: Rows) -> Batch:
         images = self._pictures(rows[self.image_field]).mul_(2 / 255).sub_(1)
-        return {"images": images, "labels": torch.from_numpy(rows[self._label_field].astype(np.int64))}
+        labels = labels_of(rows[self._label_field], self._label_field, self._num_classes)
+        return {"images": images, "labels": labels}
 
     def count(self, batch: Batch) -> int:
         return batch["labels"].shape[0]

@@ -14,7 +14,7 @@ from distdl.errors import DataError
 from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.columns import words
-from distdl.tasks.tokens import token_columns, vocabulary_of
+from distdl.tasks.tokens import check_tokens, token_columns, vocabulary_of
 
 _NO_TARGET = -100
 _WINDOW = 256
@@ -65,6 +65,7 @@ class LanguageModelling:
                 "task language_modelling reads rows of one length: set data.order to lanes or packed, and "
                 "data.pack_length to the tokens of a row"
             )
+        check_tokens(tokens, self._field, self._vocabulary)
         whole = torch.from_numpy(tokens.astype(np.int64))
         real = torch.from_numpy(np.arange(whole.shape[1] - 1) < rows[f"{self._field}_count"][:, None])
         return {

@@ -27,15 +27,20 @@ def image_column(data: DataInfo, name: str, task: str) -> Field:
     raise DataError(
         f"task {task} reads images from column {name!r} of dataset {data.name!r}, which is "
         f"{in_words(field)}; expected uint8 of two or three dimensions, all of one size. `distdl data "
-        "prepare` with --image-size makes them"
+        "prepare` with --image-size makes them (with --masks and --boxes, of what goes along with them)"
     )
 
 
 class Pictures:
-    """Rows of an image column as floats. `input_shape` is (C, H, W)."""
+    """Rows of an image column as floats. `input_shape` is (C, H, W). Raises DataError above four channels."""
 
     def __init__(self, field: Field) -> None:
         shape = tuple(n for n in field.shape if n is not None)
+        if len(shape) == 3 and min(shape[0], shape[2]) > 4:
+            raise DataError(
+                f"images of {list(shape)}: expected [height, width], or up to four channels before or after "
+                "them; for more, write a task of your own (docs/bring-your-own.md)"
+            )
         self._channels_last = len(shape) == 3 and shape[0] > 4
         if len(shape) == 2:
             shape = (1, *shape)

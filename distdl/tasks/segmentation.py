@@ -44,7 +44,8 @@ class Segmentation:
         if found.dtype != "uint8" or found.shape != size:
             raise DataError(
                 f"task segmentation reads masks from column {mask!r} of dataset {data_info.name!r}, which is "
-                f"{found.dtype} {list(found.shape)}; expected uint8 {list(size)}, as large as the images"
+                f"{found.dtype} {list(found.shape)}; expected uint8 {list(size)}, as large as the images. "
+                f"`distdl data prepare` with --masks {mask} makes them of encoded ones"
             )
 
     def build_model(self) -> nn.Module:

@@ -46,7 +46,8 @@ class SequenceReconstruction:
 
     def build_model(self) -> nn.Module:
         if self._vocabulary:
-            return self._make_model(vocabulary=self._vocabulary)
+            # Said in any case: a language model has no place for it, and is no model for this task.
+            return self._make_model(vocabulary=self._vocabulary, features=None)
         return self._make_model(features=self._channels)
 
     def collate(self, rows: Rows) -> Batch:
@@ -56,11 +57,21 @@ class SequenceReconstruction:
         longest = max(int(lengths.max(initial=0)) + bool(self._vocabulary), 1)
         sequence = found if alike else found.padded(0, longest)
         if self._vocabulary:
+            self._check(found)
             sequence = torch.from_numpy(sequence.astype(np.int64))
         else:
             sequence = torch.from_numpy(sequence.astype(np.float32))
             sequence = sequence.reshape(*sequence.shape[:2], self._channels)
         return {"sequence": sequence, "lengths": torch.from_numpy(lengths.astype(np.int64))}
+
+    def _check(self, found: Any) -> None:
+        values = np.asarray(getattr(found, "values", found))
+        if values.size and not 0 < values.min() <= values.max() < (self._vocabulary or 0):
+            raise DataError(
+                f"column {self._field!r} has tokens from {values.min()} to {values.max()}; expected 1 to "
+                f"{(self._vocabulary or 0) - 1}, as 0 is the end of a row here. A tokenizer that `distdl "
+                "data prepare` trains leaves 0 to padding"
+            )
 
     def count(self, batch: Batch) -> int:
         """Tokens and ends, or numbers."""

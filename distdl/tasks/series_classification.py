@@ -14,7 +14,7 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.samples import DataInfo, Field
 from distdl.tasks.base import Batch, Prediction, Rows
-from distdl.tasks.classes import class_predictions, class_title
+from distdl.tasks.classes import class_predictions, class_title, labels_of
 from distdl.tasks.columns import words
 
 Series = npt.NDArray[np.float32]
@@ -49,7 +49,7 @@ class SeriesClassification:
         self._smoothing = label_smoothing
         self._standardise = standardise
         self._series_field, self._label_field = _columns(data_info)
-        self._num_classes = data_info.fields[self._label_field].num_classes
+        self._num_classes = data_info.fields[self._label_field].num_classes or 0
         self._classes = data_info.fields[self._label_field].classes
         self.inputs = (self._series_field,)
         shape = data_info.fields[self._series_field].shape
@@ -70,7 +70,7 @@ class SeriesClassification:
         if self._standardise:
             series = standardised(series, real)
         lengths = {"lengths": torch.from_numpy(found.lengths.astype(np.int64))} if varying else {}
-        labels = torch.from_numpy(rows[self._label_field].astype(np.int64))
+        labels = labels_of(rows[self._label_field], self._label_field, self._num_classes)
         return {"series": torch.from_numpy(series), "labels": labels, **lengths}
 
     def count(self, batch: Batch) -> int:
@@ -106,7 +106,9 @@ def standardised(series: Series, real: npt.NDArray[np.bool_]) -> Series:
     mean = (series * weight).sum(1, keepdims=True) / count
     away = (series - mean) * weight
     deviation = np.sqrt((away**2).sum(1, keepdims=True) / count)
-    found: Series = (away / np.where(deviation > 1e-8, deviation, np.inf)).astype(np.float32)
+    largest = np.abs(series * weight).max(1, keepdims=True)
+    varies = deviation > 1e-12 * largest  # what is below is the rounding of the mean
+    found: Series = (away / np.where(varies, deviation, np.inf)).astype(np.float32)
     return found
 
 

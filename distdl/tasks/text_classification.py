@@ -12,9 +12,9 @@ from torch.nn import functional
 from distdl.errors import DataError
 from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
-from distdl.tasks.classes import class_predictions
+from distdl.tasks.classes import class_predictions, labels_of
 from distdl.tasks.columns import words
-from distdl.tasks.tokens import token_columns, vocabulary_of
+from distdl.tasks.tokens import check_tokens, token_columns, vocabulary_of
 
 
 class TextClassification:
@@ -39,7 +39,7 @@ class TextClassification:
         self._make_model = make_model
         self._smoothing = label_smoothing
         self._token_field, self._label_field = _columns(data_info)
-        self._num_classes = data_info.fields[self._label_field].num_classes
+        self._num_classes = data_info.fields[self._label_field].num_classes or 0
         self._classes = data_info.fields[self._label_field].classes
         self.inputs = (self._token_field,)
         self._vocabulary = vocabulary_of(data_info, self._token_field, vocabulary)
@@ -49,11 +49,12 @@ class TextClassification:
 
     def collate(self, rows: Rows) -> Batch:
         ragged = rows[self._token_field]
+        check_tokens(ragged.values, self._token_field, self._vocabulary)
         longest = max(int(ragged.lengths.max(initial=1)), 1)
         return {
             "tokens": torch.from_numpy(ragged.padded(0, longest).astype(np.int64)),
             "lengths": torch.from_numpy(ragged.lengths.astype(np.int64)),
-            "labels": torch.from_numpy(rows[self._label_field].astype(np.int64)),
+            "labels": labels_of(rows[self._label_field], self._label_field, self._num_classes),
         }
 
     def count(self, batch: Batch) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from distdl.errors import DataError, RecipeError
 from distdl.samples import DataInfo
 
@@ -9,6 +12,16 @@ from distdl.samples import DataInfo
 def token_columns(data: DataInfo) -> list[str]:
     """The columns of integers of varying length."""
     return [n for n, f in data.fields.items() if f.shape == (None,) and "int" in f.dtype]
+
+
+def check_tokens(values: npt.NDArray[np.integer], column: str, vocabulary: int) -> None:
+    """Raises DataError for a token that the vocabulary does not have: an embedding has no row for it."""
+    if values.size and not 0 <= values.min() <= values.max() < vocabulary:
+        raise DataError(
+            f"column {column!r} has tokens from {values.min()} to {values.max()}, and a vocabulary of "
+            f"{vocabulary}, 0 to {vocabulary - 1}: raise task.vocabulary to {values.max() + 1} or more, or "
+            "prepare the data anew"
+        )
 
 
 def vocabulary_of(data: DataInfo, column: str, given: int | None) -> int:

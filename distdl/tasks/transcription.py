@@ -163,14 +163,15 @@ class Transcription:
         return [self._collapsed(row[:its]) for row, its in best]
 
     def _loss_sum(self, logits: Tensor, steps: Tensor, batch: Batch) -> Tensor:
-        return functional.ctc_loss(
-            logits.float().log_softmax(2).transpose(0, 1),
-            batch["symbols"],
-            steps,
-            batch["lengths"],
-            blank=self._blank,
-            reduction="sum",
+        chances = logits.float().log_softmax(2).transpose(0, 1)
+        device = chances.device
+        if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            device = torch.device("cpu")  # on CUDA it has no gradient with the same bits each time
+        symbols, lengths = batch["symbols"].to(device), batch["lengths"].to(device)
+        loss = functional.ctc_loss(
+            chances.to(device), symbols, steps.to(device), lengths, blank=self._blank, reduction="sum"
         )
+        return loss.to(chances.device)
 
     def _collapsed(self, best: list[int]) -> list[int]:
         """The best symbol of each step without repeats, then without blanks."""

@@ -52,6 +52,7 @@ def predict_process(
     task: Any = loaded.task
     if not callable(getattr(task, "predict", None)):
         raise RecipeError(f"task.name = {recipe.task.name!r} has no `predict`; see docs/predict.md")
+    _check_inputs(task, recipe.task.name, loaded.feed.info.fields)
     draw = getattr(task, "draw", None)
     if plot is not None:
         if draw is None:
@@ -78,6 +79,17 @@ def predict_process(
     show("predictions", {"rows": len(found)}, {"checkpoint": loaded.path, "written to": out})
 
 
+def _check_inputs(task: Any, name: str, fields: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a task that does not say which columns of the data it predicts from."""
+    inputs = getattr(task, "inputs", None)
+    if isinstance(inputs, tuple | list) and inputs and all(column in fields for column in inputs):
+        return
+    raise RecipeError(
+        f"task.name = {name!r} has `predict`, and `inputs` {inputs!r}; expected the columns that it predicts "
+        f"from, a tuple of some of {', '.join(fields)} (docs/predict.md)"
+    )
+
+
 def _plain(recipe: Recipe) -> Recipe:
     """The same model on one device: nothing of the engine, or of memory that only training needs."""
     kept = {name: getattr(recipe.hardware, name) for name in ("device", "threads", "cache_bytes", "retry_s")}
@@ -93,6 +105,11 @@ def _predictions(loaded: Loaded, inputs: Inputs) -> Iterator[Prediction]:
         for start in range(0, total, plan.micro_batch):
             rows = inputs.gather(np.arange(start, min(start + plan.micro_batch, total)))
             found = task.predict(engine.module, engine.place(collate(Columns(rows))))
+            if len(found) != min(plan.micro_batch, total - start):
+                raise RecipeError(
+                    f"the task's `predict` returned {len(found)} predictions for "
+                    f"{min(plan.micro_batch, total - start)} rows: expected one a row, in order"
+                )
             for row, prediction in enumerate(found, start):
                 name = {"file": inputs.files[row]} if inputs.files is not None else {}
                 yield {"row": row, **name, **as_text(rows, row - start), **prediction}
@@ -166,7 +183,7 @@ def _as_csv(found: list[Prediction]) -> str:
 def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in prediction.items():
-        if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+        if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
             found.update({f"{name}_{i}": v for i, v in enumerate(value, 1)})
         else:
             found[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -7,12 +7,14 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distdl.checkpoint.read import step_directories
@@ -233,17 +235,48 @@ def take_evaluation(o: Opening, state: TrainState, row: dict[str, Any]) -> None:
 
 
 def check_metric(s: Session) -> None:
-    """Collective. Measure one row, so that a mistyped `eval.metric` or a broken task is found before the
-    first step.
+    """Collective. Measure one row, so that a mistyped `eval.metric`, a broken task, or BatchNorm that cannot
+    train on a last row alone, is found before the first step.
     """
     batch = together(s.world, lambda: fetch(s, 0, 1))
-    with s.engine.evaluating(), alone():  # a forward may communicate
+    with s.engine.evaluating(), alone(), _single_values(s) as single:  # a forward may communicate
         found = metrics_of(s.task, [measure(s, batch)])
+    if single:
+        plan = s.plan
+        raise RecipeError(
+            f"model.name = {s.recipe.model.name!r}: the last microbatch of an epoch has one row "
+            f"({plan.train_rows - plan.dropped_rows} rows in microbatches of {plan.micro_batch}), and its "
+            f"BatchNorm ({single[0]}) would see one value a channel there, which has no deviation: set "
+            "data.drop_last=true, or another batch.micro, or model.norm=group where the model has that key"
+        )
     if s.recipe.eval.metric not in found:
         raise RecipeError(
             f"eval.metric = {s.recipe.eval.metric!r}: this task measures {', '.join(found)}"
             f"{nearest(s.recipe.eval.metric, found)}"
         )
+
+
+@contextmanager
+def _single_values(s: Session) -> Iterator[list[str]]:
+    """Where some microbatch has one row: which BatchNorms see one value a channel of it, in what is run here.
+    In training torch would raise ValueError, at the end of the first epoch.
+    """
+    found: list[str] = []
+    hooks = []
+    if (s.plan.train_rows - s.plan.dropped_rows) % s.plan.micro_batch == 1 or s.plan.micro_batch == 1:
+        for name, module in s.engine.module.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+
+                def note(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                    if args[0].numel() == args[0].shape[1]:
+                        found.append(name)
+
+                hooks.append(module.register_forward_pre_hook(note))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _begin(o: Opening, resumed: Resumed) -> tuple[dict[str, Any], Heartbeat]:

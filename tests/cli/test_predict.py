@@ -13,10 +13,12 @@ from PIL import Image
 
 from distdl.data.catalogue import locate
 from distdl.data.feed import Feed
+from distdl.errors import USAGE
 from distdl.models import model_factory
 from distdl.recipe import load_recipe
 from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
+from distdl.train.predicting import _flat
 from tests.commands import distdl
 from tests.runs import train_here
 
@@ -150,3 +152,38 @@ def test_masks_and_boxes_are_drawn_over_their_picture(shape: tuple[int, ...]) ->
     axes, found = Axes(), {"box": [1.0, 2.0, 5.0, 7.0], "class": 2, "score": 0.5}
     boxes.draw(axes, {"image": np.zeros(shape, np.uint8)}, {"objects": [found]})
     assert axes.drawn == {"pictures": [seen], "texts": ["2 0.50"], "box": [2.0, 2.0, 7.0, 7.0, 2.0]}
+
+
+def test_csv_has_a_column_for_a_list_without_items() -> None:
+    assert _flat({"row": 0, "objects": [], "forecast": [1.5, 2]}) == {
+        "row": 0,
+        "objects": "[]",
+        "forecast_1": 1.5,
+        "forecast_2": 2,
+    }
+
+
+def test_what_a_task_of_ones_own_lacks_is_said(tmp_path: Path) -> None:
+    recipe = trained("fashion_cnn", tmp_path)
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "one.png")
+    for number, (inputs, made, says) in enumerate(
+        [
+            (None, 1, "has `predict`, and `inputs` None; expected the columns"),
+            (("picture",), 1, "`inputs` ('picture',); expected the columns that it predicts from"),
+            (("image",), 0, "returned 0 predictions for 1 rows: expected one a row"),
+        ]
+    ):
+        (tmp_path / f"half_done{number}.py").write_text(
+            "from distdl.tasks.image_classification import ImageClassification\n"
+            "class Task(ImageClassification):\n"
+            "    def __init__(self, make_model, data_info):\n"
+            "        super().__init__(make_model, data_info)\n"
+            f"        self.inputs = {inputs!r}\n"
+            "    def predict(self, model, batch):\n"
+            f"        return super().predict(model, batch)[:{made}]\n"
+        )
+        words = ["predict", str(recipe), f"task.name=half_done{number}:Task", "--input", "one.png"]
+        code, said = distdl(*words, "--out", "no.csv", cwd=tmp_path)
+        assert code == USAGE, said
+        assert says in " ".join(said.split())
+        assert not (tmp_path / "no.csv").exists()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distdl.errors import DataError
+from distdl.models.layers import average_pool
 from distdl.tasks import Batch
 from distdl.tasks.image_classification import ImageClassification
 
@@ -51,7 +52,7 @@ class Smooth(nn.Module):
         x = images
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = functional.avg_pool2d(functional.gelu(norm(convolution(x))), 2)
-        x = functional.adaptive_avg_pool2d(x, 2)
+        x = average_pool(x, (2, 2))
         logits: Tensor = self.head(self.dropout(x.flatten(1)))
         return logits
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from distdl.comm import World
+from distdl.data.catalogue import CATALOGUE
 from distdl.recipe import Recipe, parse_recipe
 from distdl.record import read_lines
 from distdl.testing import WorldFailed, run_world, worst
@@ -208,3 +211,28 @@ def test_code_of_ones_own_is_told_by_its_files(tmp_path: Path, monkeypatch: pyte
         told.append(code_hash(importlib.import_module("my_task").Mine()))
     assert told[0] == told[1] != told[2]
     assert code_hash(recipe_for(tmp_path)) == code_hash()  # distdl itself is compared elsewhere
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(33, True), (34, False)])
+def test_a_last_row_alone_that_batch_norm_cannot_see_is_found_before_the_first_step(
+    rows: int, refused: bool, tmp_path: Path
+) -> None:
+    """Images of 28x28 become one pixel of the deepest map: BatchNorm needs two rows."""
+    embedded = CATALOGUE["fashion_mnist"].embedded
+    assert embedded is not None
+    for split in ("train", "test"):
+        table = pq.read_table(embedded / "test.parquet").slice(0, rows)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "data" / f"{split}.parquet")
+    recipe = recipe_for(
+        tmp_path / "run",
+        model={"name": "resnet", "depth": 18, "width": 2},
+        data={"name": None, "path": str(tmp_path / "data"), "augment": {}},
+        train={"max_steps": 2},
+    )
+    errors = run_world(refusal, 2, recipe, env={"DISTDL_CACHE": str(tmp_path / "cache")})
+    if refused:
+        said = r"RecipeError: model.name = 'resnet': the last microbatch of an epoch has one row \(33 rows in"
+        assert all(re.match(said, error) and "data.drop_last=true" in error for error in errors)
+    else:
+        assert errors == ["no error"] * 2

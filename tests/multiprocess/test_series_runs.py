@@ -137,6 +137,10 @@ def test_a_series_of_ones_own_as_csv(trained: Path) -> None:
     assert code == 0, said
     found = [json.loads(line) for line in (trained / "own.jsonl").read_text().splitlines()]
     assert [Path(p["file"]).name for p in found] == ["a.csv", "b.csv"]
+    (folder / "b.csv").write_text("x\n" + "1\n" * 12)
+    code, said = distdl("predict", config, "--input", str(folder), "--out", str(trained / "no.jsonl"))
+    assert code == 5
+    assert "b.csv has 1 columns of numbers, and " in said
     (folder / "a.csv").write_text("x,y,z\n" + "1,2,3\n" * 12)
     code, said = distdl(
         "predict", config, "--input", str(folder / "a.csv"), "--out", str(trained / "no.jsonl")

@@ -90,7 +90,7 @@ def choose_columns(source: Source, options: Options, numbered: tuple[str, ...] |
     label = source.schema.field(columns[result.index("label")]).type if "label" in result else pa.null()
     if numbered and pa.types.is_integer(label) and not class_names(features.get("label")):
         features["label"] = class_label(numbered)
-    for name in (*options.classes, *options.tokenize):
+    for name in (*options.classes, *options.tokenize, *options.masks, *options.boxes):
         _must_be(name, result, "the result")
     twice = {*options.classes} & {*options.tokenize}
     if twice:
@@ -111,12 +111,32 @@ def choose_decoding(conversion: Conversion, source: Source, options: Options) ->
         looks = _looks_encoded(source.schema.field(column).type)
         if is_sound(feature) or (looks and not is_image(feature) and _first_is_sound(source, column)):
             sounds[name] = Sound(options.sample_rate, options.mels)
+        elif name in options.masks and (is_image(feature) or looks):
+            pictures[name] = Picture(True, options.image_size, numbers=True)
         elif is_image(feature) or looks:
             grey = all(is_grey(data, where) for data, where in _encoded(source, column))
             pictures[name] = Picture(grey, options.image_size)
     if options.image_size is not None and not pictures:
         raise DataError("--image-size is given, and the source has no column of encoded images")
-    return replace(conversion, pictures=pictures, sounds=sounds)
+    for name in options.masks:
+        if name not in pictures:
+            raise DataError(f"--masks {name}: column {name!r} does not hold encoded images (PNG, ...)")
+    boxes = _boxes(pictures, options)
+    return replace(conversion, pictures=pictures, sounds=sounds, boxes=boxes)
+
+
+def _boxes(pictures: Mapping[str, Picture], options: Options) -> dict[str, str | None]:
+    """Each column of boxes, and that of the images they are in, where those are resized."""
+    if options.image_size is None or not options.boxes:
+        return dict.fromkeys(options.boxes)
+    images = [name for name, picture in pictures.items() if not picture.numbers]
+    if len(images) != 1:
+        raise DataError(
+            f"--boxes {options.boxes[0]}: boxes are resized as the images they are in, and there are "
+            f"{len(images)} columns of images{': ' if images else ''}{', '.join(images)}; keep one "
+            "(--columns), and name masks (--masks)"
+        )
+    return dict.fromkeys(options.boxes, images[0])
 
 
 def _first_is_sound(source: Source, column: str) -> bool:

@@ -26,7 +26,7 @@ from distdl.data.huggingface import (
     is_sound,
     with_features,
 )
-from distdl.data.prepare.decode import decode_image
+from distdl.data.prepare.decode import decode_classes, decode_image, image_size
 from distdl.data.prepare.readers import Ids
 from distdl.data.prepare.sound import Sound, decode_sound, log_mel
 from distdl.data.prepare.tokenize import encode
@@ -38,10 +38,11 @@ RowName = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Picture:
-    """How an image column is decoded; `size` (height, width) None: as it is."""
+    """How a column of images is decoded; `size` (height, width) None: as it is; `numbers`: of classes."""
 
     grey: bool
     size: tuple[int, int] | None
+    numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Conversion:
     """The source's features, by the names of the result."""
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pictures: dict[str, Picture] = field(default_factory=dict)
+    boxes: dict[str, str | None] = field(default_factory=dict)
+    """Columns of boxes, and the column of the images that they are resized with, if any are."""
     sounds: dict[str, Sound] = field(default_factory=dict)
     tokenize: tuple[str, ...] = ()
     tokenizer: str | None = None
@@ -82,7 +85,9 @@ class Conversion:
             if not encoded:  # whose path or bytes may be null
                 require_no_nulls(column, name, where)
             shape = array_shape(self.features.get(name))
-            if name in self.classes:
+            if name in self.boxes:
+                column = resize_boxes(column, self._factors(table, self.boxes[name], where), name, where)
+            elif name in self.classes:
                 column = encode_classes(column, name, self.classes[name], where)
             elif name in self.tokenize:
                 assert self.tokenizer is not None
@@ -95,8 +100,21 @@ class Conversion:
         result = pa.table(found)
         return result.cast(with_features(result.schema, self._features(result.schema))), cut
 
+    def _factors(self, table: pa.Table, image: str | None, where: RowName) -> list[tuple[float, float]]:
+        """By how much the image of each row is resized: (width, height)."""
+        size = self.pictures[image].size if image else None
+        if image is None or size is None:
+            return [(1.0, 1.0)] * len(table)
+        old = next(c for c in self.columns if self.names.get(c, c) == image)
+        found = []
+        for row, value in enumerate(table.column(old)):
+            label = _label(image, where(row), value.as_py())
+            height, width = image_size(file_bytes(value.as_py(), label), label)
+            found.append((size[1] / width, size[0] / height))
+        return found
+
     def _features(self, schema: pa.Schema) -> Features:
-        changed = {*self.pictures, *self.sounds, *self.tokenize}
+        changed = {*self.pictures, *self.sounds, *self.tokenize, *self.boxes}
         features: Features = {}
         for column in schema:
             old = self.features.get(column.name)
@@ -179,14 +197,39 @@ def _fix_lists(
     return pa.ListArray.from_arrays(pa.array(ends), inner)
 
 
+def resize_boxes(
+    column: pa.Array, factors: Sequence[tuple[float, float]], name: str, where: RowName
+) -> pa.Array:
+    """Lists of four numbers (left, top, right, bottom, or left, top, width, height), times the factors of the
+    width and the height of their row -> float32 [k, 4] a row. Raises DataError for anything else.
+    """
+
+    def resized(boxes: Any, width: float, height: float) -> list[list[float]] | None:
+        try:
+            return [[a * width, b * height, c * width, d * height] for a, b, c, d in boxes]
+        except (TypeError, ValueError):
+            return None
+
+    found = [resized(boxes, *by) for boxes, by in zip(column.to_pylist(), factors, strict=True)]
+    if None in found:
+        row = found.index(None)
+        raise DataError(
+            f"--boxes {name}: {where(row)} has {str(column[row])[:80]}; expected a list of boxes of four "
+            "numbers each (left, top, right, bottom)"
+        )
+    return pa.array(found, pa.list_(pa.list_(pa.float32(), 4)))
+
+
 def decode_column(column: pa.Array, name: str, picture: Picture, where: RowName) -> pa.Array:
     """struct<bytes, path> -> uint8 [H, W] or [H, W, 3]. Raises DataError where two sizes meet."""
     images: list[npt.NDArray[np.uint8]] = []
     for row, value in enumerate(column):
         label = _label(name, where(row), value.as_py())
-        images.append(
-            decode_image(file_bytes(value.as_py(), label), label, grey=picture.grey, size=picture.size)
-        )
+        data = file_bytes(value.as_py(), label)
+        if picture.numbers:
+            images.append(decode_classes(data, label, size=picture.size))
+        else:
+            images.append(decode_image(data, label, grey=picture.grey, size=picture.size))
         if images[-1].shape != images[0].shape:
             raise size_error(name, images[0].shape, where(0), images[-1].shape, where(row))
     return to_fixed_lists(np.stack(images))

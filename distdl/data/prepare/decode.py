@@ -47,6 +47,38 @@ def decode_image(
         return np.asarray(plain, dtype=np.uint8)
 
 
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """(height, width) of an encoded image; reads its head only. Raises DataError."""
+    with _open(data, where) as image:
+        return image.height, image.width
+
+
+def decode_classes(data: bytes, where: str, *, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
+    """The numbers of an image whose pixels are classes: uint8 [H, W], of a palette its indices; resized to
+    `size` (height, width) without numbers in between. Raises DataError for colours and numbers above 255.
+    """
+    with _open(data, where) as image:
+        try:
+            numbers = np.asarray(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{where} is a damaged image: {error}") from error
+        if image.mode not in ("1", "L", "P", "I", "I;16"):
+            raise DataError(
+                f"{where} is an image of mode {image.mode}; a mask is a class number for each pixel, modes L "
+                "and P. Turn its colours into numbers first"
+            )
+    if numbers.max(initial=0) > 255 or numbers.min(initial=0) < 0:
+        raise DataError(f"{where} has classes from {numbers.min()} to {numbers.max()}; expected 0 to 255")
+    numbers = numbers.astype(np.uint8)
+    if size is not None and numbers.shape != size:
+        # The number under the centre of each new pixel.
+        rows, columns = (
+            (2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip(size, numbers.shape, strict=True)
+        )
+        numbers = numbers[np.ix_(rows, columns)]
+    return numbers
+
+
 def encode_classes(mask: npt.NDArray[np.uint8]) -> bytes:
     """A PNG whose pixels are the numbers of `mask` [H, W], and show as a colour each."""
     from PIL import Image

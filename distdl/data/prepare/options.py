@@ -27,6 +27,10 @@ class Options:
     rename: Mapping[str, str] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
     """Height and width to which images are resized; None: they need one size."""
+    masks: tuple[str, ...] = ()
+    """Columns (by their new names) of encoded images whose pixels are class numbers."""
+    boxes: tuple[str, ...] = ()
+    """Columns (by their new names) of lists of four pixel coordinates, resized as the images are."""
     sample_rate: int = 16_000
     """Hz: bands of sound reach up to half of it."""
     mels: int = 80
@@ -54,7 +58,8 @@ class Options:
         """The options that decide what comes out, as JSON; how it is made is left out."""
         how = ["workers", "overwrite", "wait"]
         # Not at their defaults: what was prepared before they were there is to be known again.
-        how += [name for name in ("sample_rate", "mels") if getattr(self, name) == getattr(Options, name)]
+        later = ("sample_rate", "mels", "masks", "boxes")
+        how += [name for name in later if getattr(self, name) == getattr(Options, name)]
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in how}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +20,7 @@ from PIL import Image
 
 from distdl.data import open_split, ready
 from distdl.data.index import Index, read_index, resolve
+from distdl.data.prepare.decode import encode_classes
 from distdl.data.prepare.idx import read_idx
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
@@ -152,6 +155,66 @@ def test_images_of_two_sizes_need_image_size(tmp_path: Path) -> None:
     ):
         made(source, tmp_path)
     assert made(source, tmp_path, image_size=(2, 7))[0].columns["image"].shape == (2, 7)
+
+
+def encoded(image: Image.Image) -> dict[str, Any]:
+    out = io.BytesIO()
+    image.save(out, "png")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def write_objects(folder: Path, mask: Image.Image, boxes: Any) -> Path:
+    """One row: an image of 8x4 (height x width), its mask, and its boxes."""
+    file = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "image": pa.array([encoded(Image.new("L", (4, 8)))], file),
+        "mask": pa.array([encoded(mask)], file),
+        "boxes": pa.array([boxes]),
+    }
+    folder.mkdir()
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_masks_and_boxes_are_resized_as_their_image_and_stay_classes(mode: str, tmp_path: Path) -> None:
+    numbers = np.kron([[0, 9], [200, 3]], np.ones((4, 2))).astype(np.uint8)
+    mask = Image.fromarray(numbers)
+    if mode == "P":
+        mask = Image.open(io.BytesIO(encode_classes(numbers)))
+        assert mask.mode == "P"
+    source = write_objects(tmp_path / "source", mask, [[0, 2, 3, 8], [1, 1, 2, 2]])
+    index, found = made(source, tmp_path, image_size=(12, 12), masks=("mask",), boxes=("boxes",))
+    assert index.columns["mask"].shape == (12, 12)
+    assert np.array_equal(found["mask"][0], np.kron([[0, 9], [200, 3]], np.ones((6, 6))))
+    assert found["boxes"][0] == [[0, 3, 9, 12], [3, 1.5, 6, 3]]
+    assert (index.columns["boxes"].dtype, index.columns["boxes"].shape) == ("float", (None, 4))
+    shutil.rmtree(tmp_path / "made")
+    found = made(source, tmp_path, masks=("mask",), boxes=("boxes",))[1]  # as large as they are
+    assert np.array_equal(found["mask"][0], numbers)
+    assert found["boxes"][0] == [[0, 2, 3, 8], [1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "boxes", "options", "says"),
+    [
+        ("RGB", [[0, 0, 1, 1]], {"masks": ("mask",)}, r"mode RGB; a mask is a class number"),
+        ("L", [[0, 0, 1]], {"boxes": ("boxes",)}, r"--boxes boxes: row 0 of split 'train' has .*four"),
+        ("L", [[0, 0, 1, 1]], {"masks": ("boxes",)}, r"--masks boxes: column 'boxes' does not hold"),
+        (
+            "L",
+            [[0, 0, 1, 1]],
+            {"boxes": ("boxes",), "image_size": (4, 4)},
+            r"2 columns of images: image, mask; .*--masks",
+        ),
+    ],
+)
+def test_what_is_no_mask_or_box_is_named(
+    mode: str, boxes: Any, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    source = write_objects(tmp_path / "source", Image.new(mode, (4, 8)), boxes)
+    with pytest.raises(DataError, match=says):
+        made(source, tmp_path, **options)
 
 
 def test_a_size_beyond_the_sample_is_named_by_row(tmp_path: Path) -> None:

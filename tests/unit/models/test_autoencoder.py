@@ -13,7 +13,7 @@ from distdl.checkpoint.convert.build import write_checkpoint
 from distdl.checkpoint.manifest import Facts
 from distdl.comm import World
 from distdl.data.table.ragged import Ragged
-from distdl.errors import Incompatible
+from distdl.errors import DataError, Incompatible, RecipeError
 from distdl.models import model_factory
 from distdl.models.sequence_autoencoder import SequenceAutoencoder
 from distdl.recipe.schema import Init
@@ -139,3 +139,16 @@ def test_a_classifier_begins_with_the_encoder(tmp_path: Path) -> None:
     wider = model_factory("lstm", {**KEYS, "hidden": 7})(vocabulary=9, num_outputs=3)
     with pytest.raises(Incompatible, match="other shapes"):
         start(wider)
+
+
+def test_a_token_that_would_be_an_end_is_refused() -> None:
+    for tokens in ([5, 0, 7], [5, 9]):
+        with pytest.raises(DataError, match=r"column 'text' has tokens .* expected 1 to 8, as 0 is the end"):
+            task().collate({"text": Ragged(np.array(tokens), np.array([len(tokens)]))})
+
+
+def test_language_models_and_autoencoders_are_not_taken_for_each_other() -> None:
+    with pytest.raises(RecipeError, match=r"'lstm_lm' does not read.*Models that do: lstm_autoencoder$"):
+        build_task("sequence_reconstruction", {}, model_factory("lstm_lm", KEYS), DATA).build_model()
+    with pytest.raises(RecipeError, match=r"'lstm_autoencoder' does not read.*Models that do: lstm_lm$"):
+        build_task("language_modelling", {}, model_factory("lstm_autoencoder", KEYS), DATA).build_model()

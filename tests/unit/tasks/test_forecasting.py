@@ -17,7 +17,7 @@ from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
 from distdl.recipe.schema import Data
 from distdl.samples import DataInfo, Field
-from distdl.tasks import build_task
+from distdl.tasks import build_task, forecasting
 from distdl.tasks.forecasting import lagged
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,3 +179,11 @@ def test_windows_of_a_later_part_are_never_trained_on(tmp_path: Path) -> None:
     assert script["main"]([*given, *sizes[:6], "--test", "40", "--out", str(tmp_path / "x")]) == 5
     holes = script["filled"](np.array([1.0, np.nan, 3.0]))
     assert holes.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("level", [21.7, 1013.2, 100_000.3, 1e-9])
+def test_a_history_that_does_not_vary_is_not_scaled_by_its_rounding(level: float) -> None:
+    history = torch.full((1, 132), level)
+    assert forecasting._spread(history).item() == 1
+    wave = level * (1 + 0.1 * torch.sin(torch.arange(132.0)))[None]
+    assert forecasting._spread(wave).item() == pytest.approx(level * 0.0708, rel=0.02)

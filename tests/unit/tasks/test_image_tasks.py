@@ -12,9 +12,11 @@ from torch.nn import functional
 
 from distdl.data import Ragged
 from distdl.errors import DataError, RecipeError
+from distdl.models.layers import average_pool
 from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.tasks.centres import detections, maps, radius
+from distdl.tasks.classes import class_predictions
 from distdl.tasks.coco import average_precision
 from distdl.tasks.mixing import blend
 
@@ -214,6 +216,7 @@ def test_average_precision_by_hand() -> None:
             [[2]],
             "classes reach from 2 to 2; task.num_classes is 2, so they have to be 0 to 1",
         ),
+        ([[[0, 0, np.nan, 4]]], [[0]], r"box \[0.0, 0.0, nan, 4.0\] is empty, or not finite"),
         ([[[4, 0, 4, 4]]], [[0]], r"box \[4.0, 0.0, 4.0, 4.0\] is empty"),
         ([[[0, 0, 4, 4]]], [[0, 1]], "a row has 1 boxes and 2 classes"),
         ([[[0, 0, 4, 4]] * 6], [[0] * 6], "a row has 6 objects; set task.max_objects to that or more"),
@@ -314,3 +317,24 @@ def test_the_loss_of_a_blend_is_that_of_both_labels(keys: dict[str, float]) -> N
     torch.testing.assert_close(loss, plain)
     with torch.no_grad():
         assert task.metric_sums(model, batch) == task.metric_sums(model, batch)  # nothing is blended there
+
+
+def test_images_of_many_channels_are_refused_not_taken_for_rows() -> None:
+    with pytest.raises(DataError, match=r"images of \[13, 12, 8\]: expected .* up to four channels"):
+        task_of(
+            "reconstruction", data=DataInfo("x", {"train": 1}, {"image": Field("uint8", (13, 12, 8))}, "f")
+        )
+
+
+def test_outputs_beyond_the_classes_are_no_answer() -> None:
+    (found,) = class_predictions(torch.tensor([[0.0, 1.0, 9.0]]), ("shirt", "coat"))
+    assert found == {"class": "coat", "probability": pytest.approx(torch.tensor([0.0, 1.0]).softmax(0)[1])}
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 5), (7, 7), (9, 8)])
+def test_average_pool_is_that_of_torch(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True)
+    found, expected = average_pool(x, size), functional.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)))

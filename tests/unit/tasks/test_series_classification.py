@@ -133,3 +133,12 @@ def test_it_learns(model: str) -> None:
         optimizer.step()
     with torch.no_grad():
         assert mine.metric_sums(net, batch)["accuracy"][0] >= 31
+
+
+@pytest.mark.parametrize("level", [1e-12, 1.0, 1e12])
+def test_the_unit_of_a_series_does_not_matter_to_a_standardised_one(level: float) -> None:
+    real = np.ones((1, 50), bool)
+    wave = np.sin(np.arange(50, dtype=np.float32))[None, :, None]
+    expected = standardised(wave, real)
+    assert standardised(wave * np.float32(level), real) == pytest.approx(expected, abs=1e-5)
+    assert not standardised(np.full((1, 50, 1), level * 0.1, np.float32), real).any()

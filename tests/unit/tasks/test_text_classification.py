@@ -205,3 +205,17 @@ def test_an_lstm_learns_the_sentences() -> None:
         optimizer.step()
     with torch.no_grad():
         assert mine.metric_sums(model, batch)["accuracy"][0] >= 30
+
+
+@pytest.mark.parametrize(
+    ("tokens", "label", "says"),
+    [
+        ([5, 9], 0, r"column 'text' has tokens from 5 to 9, and a vocabulary of 9"),
+        ([-1, 5], 0, r"column 'text' has tokens from -1 to 5"),
+        ([5], -1, r"column 'label' has labels from -1 to -1, and 3 classes.*kept secret"),
+        ([5], 3, r"column 'label' has labels from 3 to 3, and 3 classes, 0 to 2"),
+    ],
+)
+def test_tokens_and_labels_that_are_none_are_named(tokens: list[int], label: int, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        task().collate({"text": ragged(tokens), "label": np.array([label])})
