@@ -124,10 +124,12 @@ class Detection:
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
         axes.imshow(self._pictures.shown(row[self._image]), cmap="gray")
-        for one in prediction["objects"]:
+        for number, one in enumerate(prediction["objects"]):
             left, top, right, bottom = one["box"]
-            axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top])
-            axes.text(left, top, f"{one['class']} {one['score']:.2f}")
+            colour = f"C{number % 10}"
+            axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
+            said = f"{one['class']} {one['score']:.2f}"
+            axes.text(left, bottom, said, va="top", fontsize=7, color="white", backgroundcolor=colour)
         axes.set_axis_off()
 
     def metrics(self, found: list[Any]) -> dict[str, float]:

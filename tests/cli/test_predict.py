@@ -108,13 +108,13 @@ class Axes:
     def __init__(self) -> None:
         self.drawn: dict[str, list[float]] = {}
 
-    def plot(self, *values: Any, label: str = "box") -> None:
+    def plot(self, *values: Any, label: str = "box", **_: Any) -> None:
         self.drawn[label] = np.asarray(values[-1]).tolist()
 
     def imshow(self, picture: Any, **_: Any) -> None:
         self.drawn.setdefault("pictures", []).append(picture.shape)  # type: ignore[arg-type]
 
-    def text(self, _x: float, _y: float, what: str) -> None:
+    def text(self, _x: float, _y: float, what: str, **_: Any) -> None:
         self.drawn.setdefault("texts", []).append(what)  # type: ignore[arg-type]
 
     def set_axis_off(self) -> None: ...
