@@ -105,7 +105,7 @@ ROWS: dict[str, Row] = {
         (("fashion_resnet.yaml", BF16),),
         prepare=FULL,
         note="20 layers, 16 wide, had 0.9395 after 14 epochs (recipe of `a826d27`) and after 20 (that of "
-        "`60f7661`); 14 layers, 32 wide, with cutout and crops of two pixels 0.9383 (`08978b6`). The recipe was "
+        "`60f7661`); 14 layers, 32 wide, with cutout and crops of two pixels 0.9383 (`08978b6`). It was "
         "changed after those figures of the test rows: it has the augmentation and the weight decay of "
         "fashion_cnn_full now.",
         picture=True,
