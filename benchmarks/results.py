@@ -174,7 +174,8 @@ ROWS: dict[str, Row] = {
         prepare=real("help_en_de"),
         test_split="test",
         examples="de",
-        note="the aim beyond the bound is 25. Sentences of one page of the help are all in one split.",
+        note="the aim beyond the bound is 25; after 4 of the 12 epochs the validation pages had 29.1, after all 40.9. "
+        "Sentences of one page of the help are all in one split.",
     ),
     "brown": Row(
         "Brown corpus, Bengio's split and vocabulary rule",
