@@ -174,7 +174,7 @@ ROWS: dict[str, Row] = {
         prepare=real("help_en_de"),
         test_split="test",
         examples="de",
-        note="the aim beyond the bound is 25; after 4 of the 12 epochs the validation pages had 29.1, after all 40.9. "
+        note="the aim beyond the bound is 25; of the validation pages it was 29.1 after 4 epochs of 12. "
         "Sentences of one page of the help are all in one split.",
     ),
     "brown": Row(
