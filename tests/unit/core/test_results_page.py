@@ -72,7 +72,7 @@ def test_a_row_begins_with_the_run_of_another(results: Any) -> None:
     write(results)
     for name in ("first", "last"):
         (results.ROOT / "configs" / f"{name}.yaml").write_text(json.dumps(RECIPE))
-    results.ROWS["last"] = results.Row("last", (">", 0.0), (("last.yaml",),), first="first.yaml")
+    results.ROWS["last"] = results.Row("last", (">", 0.0), (("last.yaml",),), first=("first.yaml",))
     assert results.first_of("last").name.startswith("last-first-")
     results.ROWS["first"] = results.Row("first", (">", 0.0), (("first.yaml",),))
     assert results.first_of("last") == results.folder_of("first", 0)
