@@ -51,9 +51,11 @@ class Inputs:
     fields: Mapping[str, Field]
     files: Sequence[str] | None = None
 
-    def gather(self, ids: npt.NDArray[np.int64]) -> Batch:
-        """Rows `ids`. What the input does not have (labels, say) is zeros. DataError for another size."""
-        found = self.rows.gather(ids)
+    def gather(self, ids: npt.NDArray[np.int64], only: Sequence[str] | None = None) -> Batch:
+        """Rows `ids`. What the input does not have (labels, say), and what is not among `only`, is zeros.
+        DataError for another size.
+        """
+        found = {n: c for n, c in self.rows.gather(ids).items() if only is None or n in only}
         ready = {name: _fitted(name, column, self.fields[name]) for name, column in found.items()}
         absent = {n: f for n, f in self.fields.items() if n not in found}
         return ready | {name: _zeros(field, len(ids)) for name, field in absent.items()}

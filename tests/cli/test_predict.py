@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distdl.data.catalogue import locate
+from distdl.data import ready
+from distdl.data.catalogue import CATALOGUE, locate
 from distdl.data.feed import Feed
+from distdl.data.prepare.run import prepare
 from distdl.errors import USAGE
 from distdl.models import model_factory
 from distdl.recipe import load_recipe
@@ -76,6 +79,24 @@ def test_images_in_any_folder(tmp_path: Path) -> None:
     code, said = distdl("predict", str(recipe), "--input", str(tmp_path / "small.png"), "--out", out)
     assert code == 5
     assert "rows of shape [20, 28], and the model was trained on [28, 28]" in said
+
+
+def test_labels_that_are_kept_secret_are_not_read(tmp_path: Path) -> None:
+    recipe = trained("fashion_cnn", tmp_path)
+    embedded = CATALOGUE["fashion_mnist"].embedded
+    assert embedded is not None
+    rows = pq.read_table(embedded / "test.parquet").slice(0, 20)
+    secret = pa.array([-1] * 20, rows.schema.field("label").type)
+    for name, table in {
+        "known": rows,
+        "secret": rows.set_column(1, rows.schema.field("label"), secret),
+    }.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "test.parquet")
+        prepare(str(tmp_path / name), tmp_path / f"{name}-ready")
+    columns = ready(None, tmp_path / "secret-ready").info.fields
+    assert columns == ready(None, tmp_path / "known-ready").info.fields
+    assert predicted(recipe, tmp_path / "secret-ready") == predicted(recipe, tmp_path / "known-ready")
 
 
 def test_lines_of_text_are_read_with_the_tokenizer_of_the_dataset(tmp_path: Path) -> None:
