@@ -37,9 +37,15 @@ def import_attribute(path: str, key: str) -> Any:
         ) from None
 
 
-def call_with_known(factory: Callable[..., Any], offered: dict[str, Any], asked: dict[str, Any]) -> Any:
-    """Call a user's factory with the keys of the recipe and those of `offered` that it has a name for."""
+def call_with_known(
+    factory: Callable[..., Any], offered: dict[str, Any], asked: dict[str, Any], *, into_any: bool = False
+) -> Any:
+    """Call a user's factory with the keys of the recipe and those of `offered` that it has a name for.
+
+    `into_any`: all of `offered` where it has a ``**`` for any name. That of a model is not given them: the
+    factories of torchvision and timm hand their ``**kwargs`` on to networks that know other words.
+    """
     parameters = inspect.signature(factory).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes_any = into_any and any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
     return factory(**{k: v for k, v in offered.items() if takes_any or k in names} | asked)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from distdl.errors import DataError, PlanError, nearest
+from distdl.errors import DataError, PlanError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from distdl.recipe import Recipe
@@ -37,8 +37,8 @@ class DataInfo:
     """What the plan and the model need to know about a dataset, read from its index alone.
 
     `elements`: split -> sequence column -> how many elements all its rows have, where an index says so.
-    `remote`: its shards are fetched while it is read. `decode`: token ids to text, where the dataset has its
-    tokenizer.
+    `remote`: its shards are fetched while it is read. Where the dataset has its tokenizer, `decode` makes
+    text of token ids, and `unknown` says which id stands for words that it does not know (None: none).
     """
 
     name: str
@@ -48,6 +48,7 @@ class DataInfo:
     elements: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     remote: bool = False
     decode: Callable[[Sequence[int]], str] | None = field(default=None, compare=False)
+    unknown: Callable[[], int | None] | None = field(default=None, compare=False)
 
 
 def order_of(recipe: Recipe, data: DataInfo) -> str:
@@ -95,9 +96,15 @@ def sequence_column(recipe: Recipe, data: DataInfo) -> str | None:
     """The column that `data.sequence` names, or the only one of varying length; None where there is none.
 
     One of a single length will do for augmentation, and has to be named. Raises DataError where the column
-    is needed and not there, or not the only one.
+    is needed and not there, or not the only one; RecipeError for an order whose rows the task cannot read.
     """
     given = recipe.data.sequence
+    if recipe.data.order in PACKED and ":" not in recipe.task.name != "language_modelling":
+        raise RecipeError(
+            f"data.order = {recipe.data.order!r} puts rows end to end and cuts them into one length, and "
+            f"task.name = {recipe.task.name!r} reads each row for itself: leave data.order out, or set it to "
+            "length_bucketed. language_modelling reads such rows, and a task of one's own may"
+        )
     by_length = recipe.data.order in ("length_bucketed", *PACKED)
     found = [name for name, f in data.fields.items() if f.shape[:1] == (None,)]
     if given is not None:

@@ -61,13 +61,21 @@ def _described(folder: Path) -> DataInfo:
 def prepared_info(index: Index, folder: Path) -> DataInfo:
     """What the index of the prepared dataset in `folder` says, and how its tokens are read as text."""
     file = folder / TOKENIZER_FILE
-    return replace(index.info(), decode=partial(_text_of, file) if file.is_file() else None)
+    if not file.is_file():
+        return index.info()
+    return replace(index.info(), decode=partial(_text_of, file), unknown=partial(_unknown_of, file))
 
 
 def _text_of(tokenizer: Path, tokens: Sequence[int]) -> str:
     from distdl.data.prepare.tokenize import decode
 
     return decode(_contents(tokenizer), tokens)
+
+
+def _unknown_of(tokenizer: Path) -> int | None:
+    from distdl.data.prepare.tokenize import unknown
+
+    return unknown(_contents(tokenizer))
 
 
 @lru_cache(maxsize=2)

@@ -74,7 +74,7 @@ def open_inputs(given: Path, like: Ready, wanted: Wanted, scratch: Path, split: 
         opened = ready(None, given)
         _check_tokens(opened, like, wanted.fields)
     else:
-        place, files = _place(given, wanted, scratch)
+        place, files = _place(given, wanted, scratch, split)
         source = materialise(find(str(place), None), scratch / "source", None)
         options = _options(source.schema, like, wanted)
         prepare(str(place), scratch / "prepared", options, source=source)
@@ -99,13 +99,17 @@ def _split(opened: Ready, split: str | None, given: Path) -> str:
     return split or splits[0]
 
 
-def _place(given: Path, wanted: Wanted, scratch: Path) -> tuple[Path, list[str] | None]:
-    """Where `prepare` finds the rows of `given`; of images, sounds and series in a file that is made here,
-    together with the file that each row is.
+def _place(given: Path, wanted: Wanted, scratch: Path, split: str | None) -> tuple[Path, list[str] | None]:
+    """Where `prepare` finds the rows of `given`; of images, sounds, series and texts in a file that is made
+    here, together with the file that each row is. Texts in a folder are that unless a split is named.
     """
     found = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
     column = wanted.inputs[0]
     field = wanted.fields[column]
+    texts = [p for p in found if p.suffix.lower() == ".txt"]
+    if texts and given.is_dir() and split is None and field.shape == (None,) and "int" in field.dtype:
+        values = pa.array([_text(p) for p in texts], pa.string())
+        return _written(column, values, feature_of(pa.string()), scratch), [str(p) for p in texts]
     suffixes = SOUNDS if _is_series(field) else IMAGES
     media = [p for p in found if p.suffix.lower() in suffixes]
     scratch.mkdir(parents=True, exist_ok=True)
@@ -124,6 +128,13 @@ def _place(given: Path, wanted: Wanted, scratch: Path) -> tuple[Path, list[str] 
         values = pa.array([one.tolist() for one in lists], kind)
         return _written(column, values, feature_of(kind), scratch), [str(p) for p in series]
     return given, None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}") from error
 
 
 def _columns(series: npt.NDArray[np.float32]) -> str:
@@ -147,9 +158,14 @@ def _header(file: Path) -> list[str]:
 
 
 def _numbers(file: Path, field: Field, recent: bool) -> npt.NDArray[np.float32]:
-    """[T] or [T, C] from a header and a line a step; the last steps that the model reads if `recent`."""
+    """[T] or [T, C] from a header and a line a step; the last steps that the model reads if `recent`.
+
+    Of one number a step ([T]) the file may have other columns, a date say, that are no numbers.
+    """
     with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines))[1:]
+        header, *rows = [*csv.reader(lines)] or [[]]
+    if len(field.shape) == 1:
+        rows = _one_column(file, header, rows)
     try:
         found = np.array(rows, np.float32)
     except ValueError as error:
@@ -158,6 +174,29 @@ def _numbers(file: Path, field: Field, recent: bool) -> npt.NDArray[np.float32]:
         raise DataError(f"{file} has no rows, or missing values; expected a header, and a line a step")
     found = found[-(field.shape[0] or 0) :] if recent else found
     return found[:, 0] if len(field.shape) == 1 and found.shape[1] == 1 else found
+
+
+def _one_column(file: Path, header: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """The only column of numbers of a file with several, where it has only one. Raises DataError."""
+    whole = [row for row in rows if len(row) == len(header)]
+    if len(header) < 2 or not rows or len(whole) < len(rows):
+        return rows
+    numbers = [name for at, name in enumerate(header) if _is_number(rows[0][at])]
+    if len(numbers) != 1:
+        raise DataError(
+            f"{file} has columns {', '.join(header)}, of which {', '.join(numbers) or 'none'} hold numbers, "
+            "and the model reads one number a step; leave one column of numbers"
+        )
+    at = header.index(numbers[0])
+    return [[row[at]] for row in rows]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _options(schema: pa.Schema, like: Ready, wanted: Wanted) -> Options:
@@ -179,6 +218,7 @@ def _options(schema: pa.Schema, like: Ready, wanted: Wanted) -> Options:
         columns=kept,
         rename={old: new for old, new in rename.items() if old in kept and old != new},
         image_size=was.get("image_size") and tuple(was["image_size"]),
+        grey=_grey([wanted.fields[names[old]] for old in kept]),
         **{name: was[name] for name in ("sample_rate", "mels") if name in was},
         max_tokens=was.get("max_tokens"),
     )
@@ -189,6 +229,12 @@ def _options(schema: pa.Schema, like: Ready, wanted: Wanted) -> Options:
     if not tokenizer.is_file():
         raise DataError(f"text is read with the tokenizer of the dataset, and there is no {tokenizer}")
     return replace(options, tokenize=tokenize, tokenizer=str(tokenizer))
+
+
+def _grey(fields: Sequence[Field]) -> bool | None:
+    """Whether the images that were trained on are grey; None where there are none, or both kinds."""
+    kinds = {len(f.shape) == 2 for f in fields if f.dtype == "uint8" and f.shape[2:] in ((), (3,))}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _check_tokens(opened: Ready, like: Ready, fields: Mapping[str, Field]) -> None:

@@ -49,6 +49,11 @@ class CrnnCtc(nn.Module):
                 f"model.name = 'crnn_ctc' makes what it reads smaller by 8 in height, and this has {height} "
                 "rows or bands: give images of 8 rows or more, or --mels 8 or more"
             )
+        if input_shape is not None and input_shape[2] < self.inputs_per_step:
+            raise RecipeError(
+                f"model.name = 'crnn_ctc' makes a step of {self.inputs_per_step} columns of an image, and "
+                f"these are {input_shape[2]} wide: give images of {self.inputs_per_step} columns or more"
+            )
         norm = nn.BatchNorm2d if features is None else ChannelNorm
         channels = [in_channels, width, 2 * width, 4 * width]
         self.convolutions = nn.Sequential(

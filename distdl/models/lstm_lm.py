@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from distdl.errors import RecipeError
 from distdl.models.cells import make_cell
 
 State = dict[str, Tensor]
@@ -17,7 +18,8 @@ class LstmLm(nn.Module):
     `tied`: the embedding also weighs the outputs (Press and Wolf, 2017, arXiv:1608.05859), and the last layer
     has its size, as in Merity et al. (2018, arXiv:1708.02182). `dropout` acts after the embedding, between
     layers and before the logits, with one mask for all steps of a sequence (Gal and Ghahramani, 2016,
-    arXiv:1512.05287); `weight_drop` on the recurrent weights.
+    arXiv:1512.05287); `weight_drop` on the recurrent weights. Raises RecipeError for a `hidden` that no layer
+    would have.
     """
 
     def __init__(
@@ -31,6 +33,12 @@ class LstmLm(nn.Module):
         tied: bool = True,
     ) -> None:
         super().__init__()
+        if tied and layers == 1 and hidden != embedding:
+            raise RecipeError(
+                f"model.hidden = {hidden}: with layers = 1 and tied = true the only layer is as wide as the "
+                f"embedding, and nothing would be {hidden} wide: set hidden = {embedding} (model.embedding), "
+                "layers = 2 or tied = false"
+            )
         self.embedding = nn.Embedding(vocabulary, embedding)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         last = embedding if tied else hidden

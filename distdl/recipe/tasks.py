@@ -82,6 +82,12 @@ class Translation(NamedSection):
     name: Literal["translation"] = Field(description="The task.")
     source: Text = Field(description="Column of tokens to translate from.")
     target: Text = Field(description="Column of tokens to translate to.")
+    source_vocabulary: Count | None = Field(
+        None, description="Different token ids of the source. Null: as the dataset says."
+    )
+    target_vocabulary: Count | None = Field(
+        None, description="Different token ids of the target. Null: as the dataset says."
+    )
     label_smoothing: Fraction = Field(0.0, description="Share of the target spread over all tokens.")
     beam: Natural = Field(1, description="Sequences kept in evaluation. 1: greedy. 0: the loss alone.")
     max_tokens: Count = Field(80, description="Longest translation in evaluation.")
@@ -97,6 +103,7 @@ class Transcription(NamedSection):
     standardise: bool = Field(
         True, description="Give each band of each sound mean 0 and deviation 1 over its own steps."
     )
+    vocabulary: Count | None = Field(None, description="Different symbols. Null: as the dataset says.")
 
 
 class SeriesClassification(NamedSection):

@@ -61,7 +61,7 @@ def build_task(
         return built_in
     factory = import_attribute(name, "task.name")
     try:
-        task = call_with_known(factory, offered, keys)
+        task = call_with_known(factory, offered, keys, into_any=True)
     except TypeError as error:
         raise RecipeError(
             f"task.name = {name!r}: calling it with {sorted(keys)} of the recipe failed: {error}"

@@ -80,6 +80,9 @@ def detections(output: Tensor, num_classes: int, most: int) -> list[dict[str, An
     labels, cell = at // cells, at % cells
     x, y, w, h = geometry.flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).unbind(1)
     x, y = x + cell % heat.shape[3], y + cell // heat.shape[3]
+    # A side below nothing would make an area below nothing, and COCO's measure leaves such boxes out instead
+    # of counting them as wrong.
+    w, h = w.clamp(min=0), h.clamp(min=0)
     boxes = torch.stack([x - w / 2, y - h / 2, w, h], 2).double() * STRIDE
     return [
         {"boxes": b, "classes": c, "scores": s}

@@ -103,16 +103,21 @@ class Detection:
         return [list(pair) for pair in zip(found, there, strict=True)]
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """`objects`, best first: `box` (left, top, right, bottom, in pixels), `class` (by its name,
-        where the data have names) and `score`.
+        """`objects`, best first: `box` (left, top, right, bottom, in pixels, no further than the image),
+        `class` (by its name, where the data have names) and `score`.
         """
         found = centres.detections(self._output(model, batch), self._num_classes, self._most_found)
         return [{"objects": self._objects(one)} for one in found]
 
     def _objects(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+        height, width = self._pictures.input_shape[1:]
+        ends = (width, height, width, height)
         return [
             {
-                "box": [x, y, round(x + w, 3), round(y + h, 3)],
+                "box": [
+                    min(max(at, 0.0), float(end))
+                    for at, end in zip((x, y, round(x + w, 3), round(y + h, 3)), ends, strict=True)
+                ],
                 "class": self._names[label] if label < len(self._names) else label,
                 "score": score,
             }

@@ -18,7 +18,8 @@ from distdl.tasks.tokens import check_tokens, token_columns, vocabulary_of
 
 _NO_TARGET = -100
 _WINDOW = 256
-"""Tokens of an evaluation row that the model sees at once: logits of long rows would fill the memory."""
+"""Tokens of a row to evaluate or to continue that the model sees at once: logits of long rows would fill the
+memory."""
 
 
 class LanguageModelling:
@@ -124,7 +125,10 @@ class LanguageModelling:
     def _continued(self, model: nn.Module, row: Tensor) -> list[int]:
         state: tuple[dict[str, Tensor], ...] = ()
         # A row of nothing is continued from token 0.
-        given, tokens = (row if len(row) else row.new_zeros(1))[None], []
+        *begin, given = (row if len(row) else row.new_zeros(1))[None].split(_WINDOW, 1)
+        tokens = []
+        for window in begin:
+            state = (model(window, *state)[1],)
         for _ in range(self._continuation):
             logits, after = model(given, *state)
             given, state = logits[:, -1:].argmax(2), (after,)

@@ -120,6 +120,7 @@ class SequenceReconstruction:
     def _shown(self, made: list[Any], length: int) -> Prediction:
         if not self._vocabulary:
             return {"series": [step if self._wide else step[0] for step in made[:length]]}
+        made = made[: length + 1]  # further goes the longest row of the microbatch alone
         tokens = made[: made.index(0)] if 0 in made else made
         return {"text": self._decode(tokens)} if self._decode else {"tokens": tokens}
 

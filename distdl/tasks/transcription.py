@@ -18,7 +18,7 @@ from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.columns import words
 from distdl.tasks.pictures import Pictures, is_image
 from distdl.tasks.series_classification import is_series, standardised
-from distdl.tasks.tokens import token_columns, vocabulary_of
+from distdl.tasks.tokens import check_tokens, token_columns, vocabulary_of
 
 
 class Transcription:
@@ -37,7 +37,11 @@ class Transcription:
     """
 
     def __init__(
-        self, make_model: Callable[..., nn.Module], data_info: DataInfo, standardise: bool = True
+        self,
+        make_model: Callable[..., nn.Module],
+        data_info: DataInfo,
+        standardise: bool = True,
+        vocabulary: int | None = None,
     ) -> None:
         self._make_model = make_model
         self._standardise = standardise
@@ -57,7 +61,7 @@ class Transcription:
         self.inputs = (self._input,)
         self._decode = data_info.decode
         self._symbols = symbols[0]
-        self._blank = vocabulary_of(data_info, self._symbols, None)
+        self._blank = vocabulary_of(data_info, self._symbols, vocabulary)
         self._pictures = Pictures(fields[self._input]) if images else None
         self._features = fields[self._input].shape[-1]
         self._inputs_per_step = 1
@@ -74,6 +78,7 @@ class Transcription:
 
     def collate(self, rows: Rows) -> Batch:
         symbols = rows[self._symbols]
+        check_tokens(symbols.values, self._symbols, self._blank)
         batch = self._inputs(rows[self._input]) | {
             "symbols": torch.from_numpy(
                 symbols.padded(0, max(int(symbols.lengths.max(initial=0)), 1))

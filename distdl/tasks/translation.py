@@ -16,7 +16,7 @@ from distdl.samples import DataInfo
 from distdl.tasks.base import Batch, Prediction, Rows
 from distdl.tasks.bleu import bleu_and_chrf, check_sacrebleu
 from distdl.tasks.columns import words
-from distdl.tasks.tokens import token_columns, vocabulary_of
+from distdl.tasks.tokens import check_tokens, token_columns, vocabulary_of
 
 _NO_TARGET = -100
 
@@ -26,7 +26,8 @@ class Translation:
 
     Counts target tokens, the end of the sentence being one. Two ids are added to the vocabularies, for the
     begin and the end of a sentence: a tokenizer from elsewhere may have none. In evaluation sentences are
-    found by beam search, at most `max_tokens` long, and compared as text; `beam` 0 measures the loss alone.
+    found by beam search, at most `max_tokens` long, and compared as text, of which the tokenizer's token for
+    unknown words is no part where it was found; `beam` 0 measures the loss alone.
 
     The model is called with source ids [N, S], lengths [N] and target ids [N, T], for logits; and without
     target, with the keys beam, steps, bos, eos and length_penalty, for the ids [N, steps] that it finds.
@@ -40,6 +41,8 @@ class Translation:
         data_info: DataInfo,
         source: str,
         target: str,
+        source_vocabulary: int | None = None,
+        target_vocabulary: int | None = None,
         label_smoothing: float = 0.0,
         beam: int = 1,
         max_tokens: int = 80,
@@ -57,7 +60,11 @@ class Translation:
                     f"Dataset {data_info.name!r} has {words(data_info)}; `distdl data prepare --tokenize "
                     f"{source} --tokenize {target}` makes them"
                 )
-        self._sizes = [vocabulary_of(data_info, column, None) + 2 for column in (source, target)]
+        self._vocabulary = {
+            source: vocabulary_of(data_info, source, source_vocabulary, "source_vocabulary"),
+            target: vocabulary_of(data_info, target, target_vocabulary, "target_vocabulary"),
+        }
+        self._sizes = [self._vocabulary[column] + 2 for column in (source, target)]
         self._bos, self._eos = self._sizes[1] - 2, self._sizes[1] - 1
         self._search = {
             "beam": beam,
@@ -66,7 +73,7 @@ class Translation:
             "eos": self._eos,
             "length_penalty": length_penalty,
         }
-        self._decode = data_info.decode
+        self._decode, self._unknown = data_info.decode, data_info.unknown
         if beam:
             check_sacrebleu()
             if self._decode is None:
@@ -81,6 +88,8 @@ class Translation:
 
     def collate(self, rows: Rows) -> Batch:
         source, target = rows[self._source], rows[self._target]
+        check_tokens(source.values, self._source, self._vocabulary[self._source], "source_vocabulary")
+        check_tokens(target.values, self._target, self._vocabulary[self._target], "target_vocabulary")
         lengths = torch.from_numpy(target.lengths.astype(np.int64))
         ids = torch.from_numpy(target.padded(0, max(int(target.lengths.max(initial=0)), 1)).astype(np.int64))
         begins = functional.pad(ids, (1, 0), value=self._bos)
@@ -106,7 +115,10 @@ class Translation:
         if not self._search["beam"]:
             return found
         wanted = [[token for token in row if token != _NO_TARGET] for row in batch["targets"].tolist()]
-        return {**found, "hypotheses": self._found(model, batch), "references": self._texts(wanted)}
+        # What is unknown in both is not the same word for that.
+        unknown = self._unknown() if self._unknown else None
+        hypotheses = self._found(model, batch, without=unknown)
+        return {**found, "hypotheses": hypotheses, "references": self._texts(wanted)}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """The translation of each row, as `text`. Raises RecipeError where `beam` is 0."""
@@ -114,9 +126,9 @@ class Translation:
             raise RecipeError("task.beam is 0, which searches for no translation: set task.beam=1 or more")
         return [{"text": text} for text in self._found(model, batch)]
 
-    def _found(self, model: nn.Module, batch: Batch) -> list[str]:
+    def _found(self, model: nn.Module, batch: Batch, without: int | None = None) -> list[str]:
         ids: Tensor = model(batch["source"], batch["lengths"], **self._search)
-        return self._texts(ids.tolist())
+        return self._texts([[token for token in row if token != without] for row in ids.tolist()])
 
     def metrics(self, found: list[dict[str, Any]]) -> dict[str, float]:
         loss = math.fsum(f["loss"] for f in found) / max(sum(f["count"] for f in found), 1)

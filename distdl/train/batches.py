@@ -164,10 +164,12 @@ def augmentation(recipe: Recipe, plan: Plan, task: Task) -> Transform | None:
         changes.append(Augmentation(flip=a.flip, crop_padding=a.crop_padding, cutout=a.cutout).on(column))
     if a.token_dropout:
         column = _column("token_dropout", plan.sequence, _SEQUENCE)
+        _is_read("token_dropout", column, task)
         dropout = TokenDropout(a.token_dropout, a.token_dropout_id)
         changes.append(Augmentation(token_dropout=dropout).on(column))
     if a.jitter:
         column = _column("jitter", plan.sequence, _SEQUENCE)
+        _is_read("jitter", column, task)
         changes.append(Augmentation(jitter=a.jitter).on(column))
     if not changes:
         return None
@@ -184,6 +186,16 @@ def _column(what: str, found: str | None, needed: str) -> str:
     if found is None:
         raise RecipeError(f"data.augment: {what} needs {needed}")
     return found
+
+
+def _is_read(what: str, column: str, task: Task) -> None:
+    """Raises RecipeError for a column that the task does not predict from: it would be the labels."""
+    inputs = getattr(task, "inputs", None)
+    if inputs and column not in inputs:
+        raise RecipeError(
+            f"data.augment: {what} would change column {column!r}, and the task predicts from "
+            f"{', '.join(inputs)}: name what it is to change in data.sequence, or leave it out"
+        )
 
 
 def whole_count(count: Any) -> int:

@@ -38,6 +38,8 @@ class Loaded:
     feed: Feed
     task: Task
     engine: Engine
+    data_fingerprint: str
+    """Of the data that the checkpoint was trained on."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def load(recipe: Recipe, topology: Topology, checkpoint: str | None) -> Loaded:
     saved = together(world, lambda: open_checkpoint(path))
     with reading_alone():
         engine.load_model(saved)
-    return Loaded(path, plan, world, feed, task, engine)
+    return Loaded(path, plan, world, feed, task, engine, saved.manifest.data_fingerprint)
 
 
 def _newest(recipe: Recipe) -> Place:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ def predict_process(
     if topology.world_size > 1:
         raise RecipeError("distdl predict runs as one process; start it without a launcher")
     loaded = load(_plain(recipe), topology, checkpoint)
+    _warn_of_other_data(loaded)
     task: Any = loaded.task
     if not callable(getattr(task, "predict", None)):
         raise RecipeError(f"task.name = {recipe.task.name!r} has no `predict`; see docs/predict.md")
@@ -77,6 +79,19 @@ def predict_process(
     found = [_with_pictures(prediction, out) for prediction in found]
     write_atomic(out, _as_csv(found) if out.suffix == ".csv" else _as_lines(found))
     show("predictions", {"rows": len(found)}, {"checkpoint": loaded.path, "written to": out})
+
+
+def _warn_of_other_data(loaded: Loaded) -> None:
+    """Classes and tokens have their names from the dataset, which may have been prepared anew since."""
+    ours = loaded.feed.info.fingerprint
+    if ours != loaded.data_fingerprint:
+        print(  # noqa: T201
+            f"warning: dataset {loaded.feed.info.name!r} is not the one that {loaded.path} was trained on "
+            f"(fingerprint {ours}, then {loaded.data_fingerprint}): where its classes or its tokenizer are "
+            "others, these predictions have wrong names",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_inputs(task: Any, name: str, fields: Mapping[str, Any]) -> None:

@@ -224,6 +224,12 @@ def test_sequence_columns(sound: Path, call: Any, tmp_path: Path) -> None:
     assert_says(bucketed, "'fixed'", "of varying length", "It has tokens, series.")
     assert plan(prepared, sequence="fixed")[0] == errors.DONE
     assert_says(plan(source, **packed, sequence="tokens"), "only a prepared dataset", "distdl data prepare")
+    task, model = {"name": "text_classification"}, {"name": "lstm"}
+    data = {"path": prepared, **packed, "sequence": "tokens"}
+    whole = call("plan", recipe(tmp_path, data, task=task, model=model))
+    assert_says(
+        whole, "'text_classification' reads each row for itself: leave data.order out", code=errors.USAGE
+    )
 
 
 # --- mixtures ---

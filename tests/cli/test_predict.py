@@ -65,6 +65,11 @@ def test_images_in_any_folder(tmp_path: Path) -> None:
     assert [p["class"] for p in found] == [p["class"] for p in whole[:3]]
     assert [p["probability"] for p in found] == pytest.approx([p["probability"] for p in whole[:3]])
     assert isinstance(found[0]["class"], str)
+    (tmp_path / "scans").mkdir()  # grey ones that were saved in colour are read as the dataset's are
+    for i, pixels in enumerate(rows["image"]):
+        Image.fromarray(pixels).convert("RGB").save(tmp_path / "scans" / f"{i}.png")
+    scans = predicted(recipe, tmp_path / "scans")
+    assert [p["probability"] for p in scans] == [p["probability"] for p in found]
     plot = tmp_path / "plots" / "first.png"
     assert predicted(recipe, tmp_path / "photos", "--plot", str(plot)) == found
     with Image.open(plot) as picture:
@@ -97,6 +102,22 @@ def test_labels_that_are_kept_secret_are_not_read(tmp_path: Path) -> None:
     columns = ready(None, tmp_path / "secret-ready").info.fields
     assert columns == ready(None, tmp_path / "known-ready").info.fields
     assert predicted(recipe, tmp_path / "secret-ready") == predicted(recipe, tmp_path / "known-ready")
+    # Names of classes come from the dataset of the recipe; that it is not the one of the checkpoint is said.
+    pq.write_table(rows, tmp_path / "known" / "train.parquet")
+    prepare(str(tmp_path / "known"), tmp_path / "anew")
+    words = [
+        "predict",
+        str(recipe),
+        "--input",
+        str(tmp_path / "known-ready"),
+        "--out",
+        str(tmp_path / "o.csv"),
+    ]
+    code, said = distdl(*words)
+    assert (code, "warning" in said) == (0, False)
+    code, said = distdl(*words, "data.name=null", f"data.path={tmp_path / 'anew'}")
+    assert code == 0, said
+    assert "warning: dataset 'anew' is not the one that" in said
 
 
 def test_lines_of_text_are_read_with_the_tokenizer_of_the_dataset(tmp_path: Path) -> None:
@@ -108,6 +129,16 @@ def test_lines_of_text_are_read_with_the_tokenizer_of_the_dataset(tmp_path: Path
     found = predicted(recipe, tmp_path / "lines.txt")
     assert [p["class"] for p in found] == [p["class"] for p in whole[:4]]
     assert [p["probability"] for p in found] == pytest.approx([p["probability"] for p in whole[:4]])
+    (tmp_path / "letters").mkdir()  # a file each, which may have several lines
+    for i, text in enumerate(texts):
+        (tmp_path / "letters" / f"m-{i}.txt").write_text(text.replace(" ", "\n"))
+    letters = predicted(recipe, tmp_path / "letters")
+    assert [Path(p["file"]).name for p in letters] == ["m-0.txt", "m-1.txt", "m-2.txt", "m-3.txt"]
+    assert [p["probability"] for p in letters] == pytest.approx([p["probability"] for p in found])
+    (tmp_path / "letters" / "m-4.txt").write_bytes(b"\xff\xfe")
+    code, said = distdl("predict", str(recipe), "--input", str(tmp_path / "letters"), "--out", "no.csv")
+    assert code == 5
+    assert "m-4.txt is no text in UTF-8" in said
     plain = distdl(
         "predict", str(recipe), "--input", "x", "--out", str(tmp_path / "no.csv"), "--plot", "p.png"
     )

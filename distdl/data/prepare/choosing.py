@@ -114,8 +114,10 @@ def choose_decoding(conversion: Conversion, source: Source, options: Options) ->
         elif name in options.masks and (is_image(feature) or looks):
             pictures[name] = Picture(True, options.image_size, numbers=True)
         elif is_image(feature) or looks:
-            grey = all(is_grey(data, where) for data, where in _encoded(source, column))
-            pictures[name] = Picture(grey, options.image_size)
+            grey = options.grey
+            if grey is None:
+                grey = all(is_grey(data, where) for data, where in _encoded(source, column))
+            pictures[name] = Picture(grey, options.image_size, convert=options.grey is not None)
     if options.image_size is not None and not pictures:
         raise DataError("--image-size is given, and the source has no column of encoded images")
     for name in options.masks:

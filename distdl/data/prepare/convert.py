@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ RowName = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Picture:
-    """How a column of images is decoded; `size` (height, width) None: as it is; `numbers`: of classes."""
+    """How a column of images is decoded; `size` (height, width) None: as it is; `numbers`: of classes;
+    `convert`: colours among grey ones become grey, and are no error.
+    """
 
     grey: bool
     size: tuple[int, int] | None
     numbers: bool = False
+    convert: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,8 @@ def decode_column(column: pa.Array, name: str, picture: Picture, where: RowName)
         if picture.numbers:
             images.append(decode_classes(data, label, size=picture.size))
         else:
-            images.append(decode_image(data, label, grey=picture.grey, size=picture.size))
+            picture_of = partial(decode_image, grey=picture.grey, convert=picture.convert, size=picture.size)
+            images.append(picture_of(data, label))
         if images[-1].shape != images[0].shape:
             raise size_error(name, images[0].shape, where(0), images[-1].shape, where(row))
     return to_fixed_lists(np.stack(images))

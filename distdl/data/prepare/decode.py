@@ -21,15 +21,15 @@ def is_grey(data: bytes, where: str) -> bool:
 
 
 def decode_image(
-    data: bytes, where: str, *, grey: bool, size: tuple[int, int] | None = None
+    data: bytes, where: str, *, grey: bool, convert: bool = False, size: tuple[int, int] | None = None
 ) -> npt.NDArray[np.uint8]:
     """uint8 [H, W] (`grey`) or [H, W, 3], resized to `size` (height, width; bilinear with antialiasing).
 
     `where` names the row in errors. Raises DataError for bytes that are no image, or a coloured one among
-    grey ones; EnvironmentProblem where pillow is not installed.
+    grey ones unless it is to `convert`; EnvironmentProblem where pillow is not installed.
     """
     with _open(data, where) as image:
-        if grey and image.mode not in GREY:
+        if grey and not convert and image.mode not in GREY:
             raise DataError(
                 f"{where} is an image of mode {image.mode}, and those before it are grey; convert the "
                 "images to one mode first"

@@ -31,6 +31,8 @@ class Options:
     """Columns (by their new names) of encoded images whose pixels are class numbers."""
     boxes: tuple[str, ...] = ()
     """Columns (by their new names) of lists of four pixel coordinates, resized as the images are."""
+    grey: bool | None = None
+    """Make all images grey (True) or coloured (False); None: grey only where all of them are."""
     sample_rate: int = 16_000
     """Hz: bands of sound reach up to half of it."""
     mels: int = 80
@@ -58,7 +60,7 @@ class Options:
         """The options that decide what comes out, as JSON; how it is made is left out."""
         how = ["workers", "overwrite", "wait"]
         # Not at their defaults: what was prepared before they were there is to be known again.
-        later = ("sample_rate", "mels", "masks", "boxes")
+        later = ("sample_rate", "mels", "masks", "boxes", "grey")
         how += [name for name in later if getattr(self, name) == getattr(Options, name)]
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in how}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}

@@ -137,6 +137,16 @@ def decode(tokenizer: str, tokens: Sequence[int]) -> str:
     return str(_parsed(tokenizer).decode(list(tokens), skip_special_tokens=False))
 
 
+def unknown(tokenizer: str) -> int | None:
+    """The id that stands for every word that the tokenizer does not know; None where it has none."""
+    model = json.loads(tokenizer)["model"]
+    if model.get("unk_token") is None:
+        found: int | None = model.get("unk_id")
+        return found
+    token: int | None = _parsed(tokenizer).token_to_id(model["unk_token"])
+    return token
+
+
 def vocabulary_size(tokenizer: str) -> int:
     """The largest token id plus one: a tokenizer from elsewhere may leave ids out."""
     return 1 + max(_parsed(tokenizer).get_vocab().values(), default=-1)

@@ -86,6 +86,19 @@ def test_it_learns_to_give_back_what_it_was_given() -> None:
     assert [one["steps"] for one in found] == [3, 1, 4]
 
 
+@torch.no_grad()
+def test_what_comes_back_does_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(0)
+    mine = task()
+    model = mine.build_model().eval()
+    model.decoder.head.bias[0] = -99.0  # it never ends a row
+    short, long = [5, 6], [3, 4] * 6
+    alone = mine.predict(model, mine.collate({"text": Ragged(np.array(short), np.array([2]))}))
+    both = mine.predict(model, mine.collate({"text": Ragged(np.array(short + long), np.array([2, 12]))}))
+    assert both[0]["tokens"] == alone[0]["tokens"]
+    assert len(alone[0]["tokens"]) == 3
+
+
 def test_numbers_too() -> None:
     torch.manual_seed(0)
     model: Any = model_factory("lstm_autoencoder", KEYS)(features=2)

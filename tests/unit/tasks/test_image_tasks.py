@@ -134,6 +134,24 @@ def test_what_is_taught_is_what_is_decoded() -> None:
     assert task.metrics([found[:2], found[2:]]) == {"map": 1.0, "map_50": 1.0, "map_75": 1.0}
 
 
+def test_a_box_that_is_turned_inside_out_is_a_wrong_one() -> None:
+    """COCO's measure would leave out an area below nothing, and so not count it."""
+    task = task_of("detection", num_classes=2, min_score=0.5)
+    batch = task.collate(scenes([[[0, 0, 4, 6]]], [[1]]))
+    output = perfect(batch)
+    output[0, 1].clamp_(max=2.0)
+    output[0, 1, 2, 1] = 4.0  # surer than the right one
+    metrics = []
+    for width in (1.0, -1.0):
+        output[0, 2:, 2, 1] = torch.tensor([0.5, 0.5, width, 1.0])
+        metrics.append(task.metrics([task.measure(Says(output), batch)]))
+    assert metrics[0] == metrics[1]
+    assert 0 < metrics[1]["map_50"] < 1
+    output[0, 2:, 2, 1] = torch.tensor([0.5, 0.5, 50.0, 1.0])
+    surest = task.predict(Says(output), batch)[0]["objects"][0]
+    assert surest["box"] == [0.0, 8.0, 8.0, 12.0]  # no further than the 12 rows and 8 columns
+
+
 def test_the_loss_of_detection_is_a_sum_over_images() -> None:
     task = task_of("detection", num_classes=2)
     batch = task.collate(scenes())

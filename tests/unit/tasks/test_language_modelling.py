@@ -123,3 +123,26 @@ def test_a_row_is_continued_with_the_likeliest_token_each_time() -> None:
         for _ in range(6):
             text = [*text, int(model(torch.tensor([text]))[0][0, -1].argmax())]
         assert found == {"tokens": text[-6:]}
+
+
+@torch.no_grad()
+def test_a_long_row_is_continued_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, and no logits of all of it at once."""
+    torch.manual_seed(5)
+    mine = task(continuation=4)
+    model = mine.build_model().eval()
+    row = torch.randint(0, 9, (1, 11))
+    batch = {"inputs": row, "lengths": torch.tensor([11])}
+    whole, seen = mine.predict(model, batch), []
+    monkeypatch.setattr("distdl.tasks.language_modelling._WINDOW", 4)
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    assert mine.predict(model, batch) == whole
+    assert seen == [4, 4, 3, 1, 1, 1]
+
+
+def test_a_size_that_no_layer_would_have_is_refused() -> None:
+    make = model_factory("lstm_lm", {"layers": 1, "hidden": 65, "embedding": 20})
+    with pytest.raises(RecipeError, match=r"model\.hidden = 65: .* set hidden = 20"):
+        make(vocabulary=9)
+    for keys in ({"hidden": 20}, {"tied": False}, {"layers": 2}):
+        model_factory("lstm_lm", {"layers": 1, "hidden": 65, "embedding": 20} | keys)(vocabulary=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from torch.nn import functional
 
 from distdl.data.table.ragged import Ragged
-from distdl.errors import DataError
+from distdl.errors import DataError, RecipeError
 from distdl.models import model_factory
+from distdl.recipe.schema import Augment
 from distdl.samples import DataInfo, Field
 from distdl.tasks import build_task
 from distdl.tasks.transcription import edit_distance
+from distdl.train.batches import augmentation
 
 FIELDS = {"image": Field("uint8", (16, 24)), "digits": Field("int32", (None,), None, 5)}
 
@@ -194,3 +197,24 @@ def test_sounds_of_one_length_and_very_short_ones() -> None:
     audio = Ragged(np.ones((3, 16), np.float16), np.array([1, 2], np.int64))
     batch = mine.collate({"audio": audio, "digits": rows([[1], []])["digits"]})
     assert torch.isfinite(mine.loss_sum(mine.build_model(), batch))
+
+
+def test_what_the_vocabulary_and_the_model_have_no_room_for() -> None:
+    with pytest.raises(DataError, match=r"'digits' has tokens from 5 to 5, and a vocabulary of 5"):
+        task().collate({**rows([[4]]), "digits": Ragged(np.array([5]), np.array([1]))})
+    strangers = {**FIELDS, "digits": Field("int32", (None,))}
+    with pytest.raises(DataError, match=r"give task\.vocabulary"):
+        task(strangers)
+    info = DataInfo("strings", {"train": 1}, strangers, "f")
+    assert build_task("transcription", {"vocabulary": 6}, model_factory("crnn_ctc", {}), info)
+    with pytest.raises(RecipeError, match=r"a step of 4 columns of an image, and these are 3 wide"):
+        task({**FIELDS, "image": Field("uint8", (16, 3))}).build_model()
+
+
+def test_random_changes_to_the_strings_are_refused() -> None:
+    """They are what there is to learn: the only column of varying length, and no input."""
+    for augment in (Augment(token_dropout=0.5), Augment(jitter=0.5)):
+        recipe: Any = SimpleNamespace(data=SimpleNamespace(augment=augment))
+        plan: Any = SimpleNamespace(sequence="digits")
+        with pytest.raises(RecipeError, match=r"would change column 'digits', .* predicts from image"):
+            augmentation(recipe, plan, task())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,38 @@ def test_it_learns_to_turn_sentences_round_and_measures_text(folder: Path) -> No
     turned = [{**f, "hypotheses": f["references"]} for f in found]
     assert mine.metrics(turned)["bleu"] == pytest.approx(100)
     assert set(task_of(folder, beam=0).metrics([{"loss": 2.0, "count": 4}])) == {"loss", "perplexity"}
+
+
+def test_what_both_do_not_know_is_no_match(folder: Path) -> None:
+    mine = task_of(folder)  # 1 stands for every word that the tokenizer does not know
+
+    class Says(torch.nn.Module):
+        def forward(self, source: Tensor, lengths: Tensor, *target: Tensor, **search: Any) -> Tensor:
+            return torch.zeros(1, target[0].shape[1], 11) if target else torch.tensor([[1, 4, 1, 10]])
+
+    batch = mine.collate({"en": ragged([1, 5]), "de": ragged([1, 4, 1])})
+    found = mine.measure(Says(), batch)
+    assert (found["hypotheses"], found["references"]) == (["ij"], ["<unk> ij <unk>"])
+    assert mine.predict(Says(), batch) == [{"text": "<unk> ij <unk>"}]
+
+
+def test_tokens_of_ones_own_and_one_that_the_vocabulary_does_not_have(folder: Path) -> None:
+    known = describe_data(Data(path=str(folder)))
+    fields = {name: replace(field, vocabulary=None) for name, field in known.fields.items()}
+    factory = model_factory("seq2seq_lstm", {"embedding": 4, "hidden": 4})
+    keys: dict[str, Any] = {"source": "en", "target": "de", "beam": 0}
+    with pytest.raises(DataError, match=r"'en'.*give task\.source_vocabulary"):
+        build_task("translation", keys, factory, replace(known, fields=fields))
+    keys |= {"source_vocabulary": 7, "target_vocabulary": 9}
+    mine: Any = build_task("translation", keys, factory, replace(known, fields=fields))
+    with pytest.raises(
+        DataError, match=r"'en' has tokens from 2 to 7, .* raise task\.source_vocabulary to 8"
+    ):
+        mine.collate({"en": ragged([2, 7]), "de": ragged([8])})
+    with pytest.raises(
+        DataError, match=r"'de' has tokens from 9 to 9, .* raise task\.target_vocabulary to 10"
+    ):
+        mine.collate({"en": ragged([6]), "de": ragged([9])})
 
 
 def chain(tokens: Tensor, state: State) -> tuple[Tensor, State]:
