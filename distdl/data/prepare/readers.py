@@ -123,8 +123,20 @@ def read_ids(
     for batch in _read_range(pieces, at, int(ids[-1]) + 1, columns):
         lo, hi = np.searchsorted(ids, [at, at + batch.num_rows])
         if hi > lo:
-            yield batch.take(pa.array(ids[lo:hi] - at))
+            yield _rows(batch, ids[lo:hi] - at)
         at += batch.num_rows
+
+
+def _rows(batch: pa.RecordBatch, ids: Ids) -> pa.RecordBatch:
+    """Rows `ids` (ascending) of a batch, a slice for each run of neighbours.
+
+    Not `take` or `filter`: of fixed-size lists in fixed-size lists (images) that are a slice of others, both
+    give other rows (pyarrow 26), and the images of a split would stand beside the labels of others.
+    """
+    begins = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
+    runs = zip(ids[begins].tolist(), np.diff(begins, append=len(ids)).tolist(), strict=True)
+    table = pa.Table.from_batches([batch.slice(start, length) for start, length in runs])
+    return table.combine_chunks().to_batches()[0]
 
 
 def _read_range(

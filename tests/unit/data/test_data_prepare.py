@@ -57,6 +57,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 2)])
+def test_a_held_out_image_keeps_its_label(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Rows are chosen from slices of batches, of which Arrow's own `take` gives others."""
+    rows = 3000
+    column = pa.array(np.repeat(np.arange(rows, dtype=np.int32), np.prod(shape)))
+    for length in reversed(shape):
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": column, "label": np.arange(rows)})
+    pq.write_table(table, tmp_path / "in" / "train.parquet", row_group_size=1100)
+    prepare(
+        str(tmp_path / "in"), tmp_path / "out", Options(shards=3, holdout={"validation": 0.2, "test": 0.3})
+    )
+    found = ready(None, tmp_path / "out")
+    labels = []
+    for split in ("train", "validation", "test"):
+        opened = open_split(found, split)
+        batch = opened.gather(np.arange(len(opened)))
+        first = np.asarray(batch["image"]).reshape(len(opened), -1)
+        assert (first == np.asarray(batch["label"])[:, None]).all(), split
+        labels += np.asarray(batch["label"]).tolist()
+    assert sorted(labels) == list(range(rows))
+
+
 def test_shards_offsets_and_rows_are_those_of_the_source(tmp_path: Path) -> None:
     source = write_ids(tmp_path / "d", train=[5] * 12, test=[2])
     index = prepare(str(source), tmp_path / "out", Options(shards=7))
