@@ -107,8 +107,8 @@ ROWS: dict[str, Row] = {
         note="20 layers, 16 wide, had 0.9395 after 14 epochs (recipe of `a826d27`) and after 20 (that of "
         "`60f7661`); 14 layers, 32 wide, with cutout and crops of two pixels 0.9383 (`08978b6`). It was "
         "changed after those figures of the test rows, to the augmentation and the weight decay of "
-        "fashion_cnn_full, and then tried without them: trained on 50,000 of the training images it had 0.9458 "
-        "of the 10,000 others.",
+        "fashion_cnn_full, and then tried without them: trained on 50,000 of the training images it had "
+        "0.9458 of the 10,000 others.",
         picture=True,
     ),
     "mnist_cnn5": Row(
