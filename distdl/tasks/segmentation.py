@@ -96,8 +96,8 @@ class Segmentation:
 
     def draw(self, axes: Any, row: dict[str, Any], prediction: Prediction) -> None:
         axes.imshow(self._pictures.shown(row[self._image]), cmap="gray")
-        mask = prediction["mask"]
-        axes.imshow(np.ma.masked_equal(mask, 0), cmap="tab10", vmin=0, vmax=self._num_classes, alpha=0.6)
+        mask = np.ma.masked_equal(prediction["mask"], 0)
+        axes.imshow((mask - 1) % 20, cmap="tab20", vmin=-0.5, vmax=19.5, alpha=0.6)
         axes.set_axis_off()
 
     def metrics(self, found: list[Any]) -> dict[str, float]:
@@ -106,6 +106,7 @@ class Segmentation:
         hits = np.diag(pixels)
         sizes = pixels.sum(0) + pixels.sum(1)
         there = sizes > 0
+        there[self._ignore : self._ignore + 1] = False  # one of the classes may be what is not counted
         total = max(int(pixels.sum()), 1)
         return {
             "miou": _mean(hits[there] / (sizes - hits)[there]),

@@ -47,7 +47,7 @@ from distdl.train.saving import replicas_of, saver_of
 from distdl.train.session import Session, evaluation_due
 from distdl.train.state import TrainState
 from distdl.train.stop import StopFlag
-from distdl.train.warm_start import WarmStart, warm_start
+from distdl.train.warm_start import WarmStart, other_tokens, warm_start
 from distdl.version import __version__
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def open_session(
     start = warm_start(recipe.init, world, lambda: not step_directories(o.directory.checkpoints))
     task, engine = build(recipe, plan, world, o.topology, feed.info, start)
     if start is not None:
-        announce(o, start)
+        announce(o, start, feed)
     identity = Identity(
         recipe_hash(recipe), mathematics(recipe), feed.info.fingerprint, fingerprint(world, plan)
     )
@@ -218,10 +218,10 @@ def _make(
     return task, engine, model
 
 
-def announce(o: Opening, start: WarmStart) -> None:
+def announce(o: Opening, start: WarmStart, feed: Feed) -> None:
     """Rank 0 says, and writes down, which weights the run begins with and which were left out."""
     if o.world.is_main:
-        for line in start.lines():
+        for line in filter(None, [*start.lines(), other_tokens(start.path, feed)]):
             o.notices.say(line)
         o.directory.event("warm_start", rank=0, **start.facts())
 

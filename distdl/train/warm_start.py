@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from distdl.checkpoint.convert.locate import find_checkpoint
+from distdl.checkpoint.convert.locate import find_checkpoint, recipe_of
 from distdl.checkpoint.convert.names import Paired, pair_up
 from distdl.checkpoint.convert.sources import is_safetensors, read_safetensors
 from distdl.checkpoint.folders import Place, is_url, local_path, shown
 from distdl.checkpoint.open import open_checkpoint
 from distdl.checkpoint.read import verify
 from distdl.comm import World, together
-from distdl.errors import CheckpointError, Incompatible
+from distdl.data import Feed
+from distdl.data.catalogue import locate
+from distdl.data.description import named
+from distdl.data.index import TOKENIZER_FILE
+from distdl.errors import CheckpointError, DistdlError, Incompatible
 from distdl.pieces import InMemory, Renamed, Saved
+from distdl.recipe import load_recipe
 from distdl.recipe.schema import Init
 
 
@@ -78,6 +83,27 @@ def _find(named: str) -> str:
     path = find_checkpoint(named)
     verify(path)
     return str(path)
+
+
+def other_tokens(path: Place, feed: Feed) -> str | None:
+    """Local. What a person is told where the weights in `path` are of a run with another tokenizer than the
+    data of `feed`: tensors are matched by name and shape, and a token would have another word's vector. None
+    where it had the same, or where that cannot be seen.
+    """
+    recipe, ours = recipe_of(path), feed.parts[0].folder / TOKENIZER_FILE
+    try:
+        if recipe is None or not ours.is_file():
+            return None
+        theirs = locate(*next(iter(named(load_recipe(recipe).data)))) / TOKENIZER_FILE
+        if theirs.read_bytes() == ours.read_bytes():
+            return None
+    except (DistdlError, OSError):
+        return None
+    return (
+        f"warning: the weights are of tokens of {theirs}, and these data have those of {ours}, so that a "
+        f"token begins with another word's vector: prepare the data with --tokenizer {theirs}, or leave the "
+        "embedding out (init.ignore)"
+    )
 
 
 def open_weights(path: Place) -> Saved:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from distdl.comm import World
 from distdl.errors import CheckpointError, Corrupt, Incompatible
 from distdl.recipe.schema import Init
 from distdl.testing import assert_same_bits
-from distdl.train.warm_start import WarmStart, warm_start
+from distdl.train.warm_start import WarmStart, other_tokens, warm_start
 from tests.unit.checkpoint.convert_support import fresh, trained
 
 
@@ -97,3 +99,33 @@ def test_damage_and_pickles_are_refused(place: Path, tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(Corrupt, match="xxh3-128"):
         begun({"from": str(place)})
+
+
+def test_weights_of_another_tokenizer_are_said_to_be(tmp_path: Path) -> None:
+    for name, text in (("first", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+    run, weights = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001"
+    weights.mkdir(parents=True)
+
+    def said(folder: str) -> str | None:
+        feed: Any = SimpleNamespace(parts=[SimpleNamespace(folder=tmp_path / folder)])
+        return other_tokens(weights, feed)
+
+    assert said("other") is None  # a checkpoint in no run
+    recipe = {
+        "task": {"name": "sequence_reconstruction"},
+        "model": {"name": "lstm_autoencoder"},
+        "data": {"path": str(tmp_path / "first")},
+        "batch": {"global": 2, "micro": 1},
+        "optim": {"name": "sgd", "lr": 0.1},
+        "train": {"max_steps": 1},
+    }
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    assert said("same") is None
+    assert said("nothing") is None  # data of one's own, without a tokenizer
+    found = said("other")
+    assert found is not None
+    assert f"prepare the data with --tokenizer {tmp_path / 'first' / 'tokenizer.json'}" in found
+    (tmp_path / "first" / "tokenizer.json").unlink()
+    assert said("other") is None

@@ -39,22 +39,24 @@ def test_accuracy() -> None:
     assert found["accuracy"] == pytest.approx(float(theirs), rel=1e-6)
 
 
-def test_intersection_over_union_and_dice() -> None:
+@pytest.mark.parametrize("ignore", [255, 0, 3])
+def test_intersection_over_union_and_dice(ignore: int) -> None:
+    """Also where what is not counted is one of the classes, the background say."""
     fields = {"image": Field("uint8", (8, 8)), "mask": Field("uint8", (8, 8))}
-    mine = task_of("segmentation", fields, num_classes=4)
-    iou, dice = (
-        kind(4, average="macro", ignore_index=255) for kind in (MulticlassJaccardIndex, MulticlassF1Score)
-    )
+    mine = task_of("segmentation", fields, num_classes=4, ignore=ignore)
+    iou = MulticlassJaccardIndex(4, average="macro", ignore_index=ignore)
+    dice = MulticlassF1Score(4, average="none", ignore_index=ignore)  # its mean has the ignored class in it
     found = []
     for _ in range(3):
         logits, masks = torch.randn(2, 4, 8, 8), torch.randint(0, 4, (2, 8, 8))
-        masks[:, 0, :3] = 255
+        masks[:, 0, :3] = ignore
         found.append(mine.measure(lambda _, logits=logits: logits, {"images": None, "masks": masks}))
         iou.update(logits, masks)
         dice.update(logits, masks)
     metrics = mine.metrics(found)
     assert metrics["miou"] == pytest.approx(float(iou.compute()), rel=1e-6)
-    assert metrics["dice"] == pytest.approx(float(dice.compute()), rel=1e-6)
+    of_class = [float(value) for label, value in enumerate(dice.compute()) if label != ignore]
+    assert metrics["dice"] == pytest.approx(sum(of_class) / len(of_class), rel=1e-6)
 
 
 def test_perplexity() -> None:
