@@ -22,7 +22,8 @@ class Field:
     """One column of a dataset: element type and shape of one row (None: varies); `num_classes` and
     the names of the `classes` for labels.
 
-    `vocabulary`: how many different token ids there are, from 0, in a column of tokens.
+    `vocabulary`: how many different token ids there are, from 0, in a column of tokens. `meaning`: what its
+    numbers mean beyond that, where it is known: a hash of the tokenizer, the bands of sound.
     """
 
     dtype: str
@@ -30,6 +31,7 @@ class Field:
     num_classes: int | None = None
     vocabulary: int | None = None
     classes: tuple[str, ...] = field(default=(), compare=False)
+    meaning: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from distdl.data.catalogue import data_folder
+from distdl.data.index import TOKENIZER_FILE
 from distdl.data.info import describe, is_url
 from distdl.errors import DataError
 from distdl.samples import DataInfo, Field
@@ -120,6 +121,24 @@ def _check_same(first: DataInfo, other: DataInfo, here: str, there: str) -> None
                 f"data.mixture: column {name!r} is {a} in {here} and {b} in {there}; the "
                 "datasets of a mixture need the same columns: prepare them with --columns, --rename"
             )
+        if a != "missing":
+            _check_meaning(name, first.fields[name], other.fields[name], here, there)
+
+
+def _check_meaning(column: str, first: Field, other: Field, here: str, there: str) -> None:
+    """Numbers alike may mean different classes, words or frequencies. Raises DataError."""
+    if first.classes and other.classes and first.classes != other.classes:
+        at = next(i for i, (a, b) in enumerate(zip(first.classes, other.classes, strict=True)) if a != b)
+        raise DataError(
+            f"data.mixture: column {column!r} calls class {at} {first.classes[at]!r} in {here} and "
+            f"{other.classes[at]!r} in {there}: prepare them from files with the same classes in one order"
+        )
+    if first.meaning and other.meaning and first.meaning != other.meaning:
+        raise DataError(
+            f"data.mixture: the numbers of column {column!r} mean other things in {here} ({first.meaning}) "
+            f"and in {there} ({other.meaning}): prepare one as the other was (--tokenizer "
+            f"{here}/{TOKENIZER_FILE}, --sample-rate)"
+        )
 
 
 def _words(fields: Mapping[str, Field], name: str) -> str:

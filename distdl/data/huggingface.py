@@ -69,6 +69,22 @@ def class_names(feature: Any) -> tuple[str, ...] | None:
     return None
 
 
+def all_class_names(feature: Any) -> list[tuple[str, ...]]:
+    """The names of every ClassLabel in a feature, lists and structs included, in order."""
+    own = class_names(feature)
+    if own is not None:
+        return [own]
+    inner = feature.values() if isinstance(feature, dict) else feature if isinstance(feature, list) else ()
+    return [names for one in inner for names in all_class_names(one)]
+
+
+def has_type(feature: Any, kind: str) -> bool:
+    """Whether a feature, or one inside it, is of `_type` `kind`."""
+    if isinstance(feature, dict):
+        return feature.get("_type") == kind or any(has_type(one, kind) for one in feature.values())
+    return isinstance(feature, list) and any(has_type(one, kind) for one in feature)
+
+
 def class_label(names: Sequence[str]) -> Any:
     """The feature of integers that number `names`."""
     return {"names": list(names), "_type": "ClassLabel"}

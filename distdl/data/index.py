@@ -115,12 +115,21 @@ class Index(_Part):
                 len(c.classes) if c.classes else None,
                 self.vocabulary.get(name),
                 c.classes or (),
+                self._meaning(name, c),
             )
             for name, c in self.columns.items()
         }
         rows = {name: split.rows for name, split in self.splits.items()}
         elements = {s: {c: o.total for c, o in split.offsets.items()} for s, split in self.splits.items()}
         return samples.DataInfo(self.name, rows, fields, self.fingerprint, elements)
+
+    def _meaning(self, name: str, column: Column) -> str:
+        if name in self.vocabulary:
+            return next((f"tokenizer {f.hash}" for f in self.others if f.file == TOKENIZER_FILE), "")
+        options = self.prepared.get("options", {})
+        if column.dtype == "halffloat" and len(column.shape) == 2 and column.shape[0] is None:
+            return f"bands of sound up to half of {options.get('sample_rate', 16_000)} Hz"
+        return ""
 
     def files(self) -> Iterable[DataFile]:
         """Every file that the index checks."""

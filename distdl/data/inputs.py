@@ -75,7 +75,7 @@ def open_inputs(given: Path, like: Ready, wanted: Wanted, scratch: Path, split: 
         _check_tokens(opened, like, wanted.fields)
     else:
         place, files = _place(given, wanted, scratch, split)
-        source = materialise(find(str(place), None), scratch / "source", None)
+        source = materialise(find(str(place), None), scratch / "source", None, _texts(like, wanted))
         options = _options(source.schema, like, wanted)
         prepare(str(place), scratch / "prepared", options, source=source)
         opened = ready(None, scratch / "prepared")
@@ -132,7 +132,7 @@ def _place(given: Path, wanted: Wanted, scratch: Path, split: str | None) -> tup
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except ValueError as error:
         raise DataError(f"{file} is no text in UTF-8: {error}") from error
 
@@ -164,6 +164,8 @@ def _numbers(file: Path, field: Field, recent: bool) -> npt.NDArray[np.float32]:
     """
     with file.open(encoding="utf-8", newline="") as lines:
         header, *rows = [*csv.reader(lines)] or [[]]
+    if header and all(_is_number(name) for name in header):
+        raise DataError(f"{file} begins with numbers; expected a header, the names of the columns")
     if len(field.shape) == 1:
         rows = _one_column(file, header, rows)
     try:
@@ -197,6 +199,15 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _texts(like: Ready, wanted: Wanted) -> set[str]:
+    """What may be called so in the input, and is text that becomes tokens."""
+    renamed = like.index.prepared.get("options", {}).get("rename", {}) if like.index is not None else {}
+    tokens = {
+        n for n in wanted.inputs if "int" in wanted.fields[n].dtype and wanted.fields[n].shape == (None,)
+    }
+    return tokens | {old for old, new in renamed.items() if new in tokens}
 
 
 def _options(schema: pa.Schema, like: Ready, wanted: Wanted) -> Options:
@@ -267,6 +278,11 @@ def _check_bands(opened: Ready, like: Ready, wanted: Wanted) -> None:
 def _fitted(name: str, column: npt.NDArray[Any] | Ragged, field: Field) -> npt.NDArray[Any] | Ragged:
     """The column as the dataset stores it: `Ragged` where the rows of the dataset differ in length."""
     varies = field.shape[:1] == (None,)
+    kind = getattr(column, "dtype", None)
+    if field.dtype == "uint8" and kind is not None and kind != np.uint8:
+        raise DataError(
+            f"column {name!r} of the input is {kind}, and the model was trained on uint8: give it as 0 to 255"
+        )
     if isinstance(column, np.ndarray) and varies and column.ndim > 1:
         lengths = np.full(len(column), column.shape[1], np.int64)
         column = Ragged(column.reshape(-1, *column.shape[2:]), lengths)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from distdl.errors import DataError, EnvironmentProblem
 
-GREY = ("1", "L", "I", "I;16", "LA", "F")
+GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "LA", "F")
 """PIL's modes that are kept as one channel, uint8 [H, W]; every other becomes RGB, [H, W, 3]."""
 
 
@@ -35,8 +35,9 @@ def decode_image(
                 "images to one mode first"
             )
         try:
-            if image.mode == "I;16":  # PIL's own conversion clips 16 bits to 255
-                image = image.point(lambda value: value / 256).convert("L")
+            if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+                image = _eight_bits(image, where)
+            image = _upright(image)
             plain = image.convert("L" if grey else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{where} is a damaged image: {error}") from error
@@ -47,10 +48,42 @@ def decode_image(
         return np.asarray(plain, dtype=np.uint8)
 
 
+_ORIENTATION = 0x0112
+"""Which way up a photo is shown (Exif 2.3, section 4.6.4): cameras store the pixels as the sensor lay."""
+
+
+def _orientation(image: Any) -> int:
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _eight_bits(image: Any, where: str) -> Any:
+    """Grey images of 16 bits by their upper 8, of 32 if they fit: PIL's own conversion clips to 255."""
+    from PIL import Image
+
+    numbers = np.asarray(image)
+    # PIL scales deep PGM to 16 bits, and older ones open PNG of 16 bits so.
+    if image.mode not in ("I", "F") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        numbers = numbers >> 8
+    elif not np.array_equal(numbers, np.clip(np.rint(numbers), 0, 255)):
+        raise DataError(
+            f"{where} is an image of 32-bit numbers from {numbers.min()} to {numbers.max()}; expected whole "
+            "ones from 0 to 255: scale them, or store them as an array"
+        )
+    plain = Image.fromarray(numbers.astype(np.uint8))
+    plain.info.update(image.info)
+    return plain
+
+
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """(height, width) of an encoded image; reads its head only. Raises DataError."""
+    """(height, width) of an encoded image as it is shown. Raises DataError."""
     with _open(data, where) as image:
-        return image.height, image.width
+        return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
 
 
 def decode_classes(data: bytes, where: str, *, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
@@ -58,8 +91,13 @@ def decode_classes(data: bytes, where: str, *, size: tuple[int, int] | None = No
     `size` (height, width) without numbers in between. Raises DataError for colours and numbers above 255.
     """
     with _open(data, where) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise DataError(
+                f"{where} is a JPEG, which blends neighbouring numbers; store masks as PNG, or in another "
+                "format that keeps each pixel"
+            )
         try:
-            numbers = np.asarray(image)
+            numbers = np.asarray(_upright(image))
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{where} is a damaged image: {error}") from error
         if image.mode not in ("1", "L", "P", "I", "I;16"):

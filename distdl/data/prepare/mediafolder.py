@@ -128,6 +128,8 @@ def described_tables(splits: Splits) -> tuple[pa.Schema, dict[str, Iterator[pa.T
 
 def _as(table: pa.Table, name: str, kind: pa.DataType, file: Path) -> pa.ChunkedArray:
     try:
+        if pa.types.is_boolean(kind) != pa.types.is_boolean(table.column(name).type):
+            raise pa.ArrowInvalid(f"it is {table.column(name).type}")  # 2 would become true
         return table.column(name).cast(kind)
     except pa.ArrowException as error:
         raise DataError(f"{file}, column {name!r}: {error}; it is {kind} in another split") from error
@@ -152,7 +154,9 @@ def _read(file: Path) -> pa.Table:
         if file.suffix == ".jsonl":
             lines = file.read_text(encoding="utf-8").splitlines()
             # Not Arrow's reader, which makes times of text that looks like one.
-            return pa.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
+            rows = [json.loads(line) for line in lines if line.strip()]
+            names = dict.fromkeys(name for row in rows for name in row)
+            return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
         with pyarrow.csv.open_csv(file) as head:
             text = dict.fromkeys(head.schema.names, pa.string())  # "0042" is no number
         options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)

@@ -62,7 +62,7 @@ def _lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         # Only \n ends a line: the separators of Unicode, which occur inside sentences, do not.
-        with path.open(encoding="utf-8", newline="\n") as stream:
+        with path.open(encoding="utf-8-sig", newline="\n") as stream:
             for number, line in enumerate(stream, 1):  # noqa: B007
                 yield line.rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:

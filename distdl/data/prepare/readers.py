@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distdl.data.huggingface import all_class_names, read_features
 from distdl.errors import DataError
 
 Ids = npt.NDArray[np.int64]
@@ -98,12 +99,26 @@ def row_groups(file: Path) -> tuple[int, ...]:
 
 
 def check_same_columns(file: Path, schema: pa.Schema, first: Path, expected: pa.Schema) -> None:
-    """Raises DataError where two files of a dataset have different columns."""
+    """Raises DataError where two files of a dataset have different columns, or call classes differently."""
     if not schema.equals(expected):
         raise DataError(
             f"{file.name} has columns {_columns(schema)}, and {first.name} beside it has "
             f"{_columns(expected)}; all files of a dataset need the same"
         )
+    theirs, ours = read_features(schema), read_features(expected)
+    for column in theirs.keys() & ours.keys():
+        a, b = all_class_names(theirs[column]), all_class_names(ours[column])
+        if a and b and a != b:
+            raise DataError(
+                f"column {column!r} has classes {_names(a)} in {file.name} and {_names(b)} in {first.name} "
+                "beside it, so that a number means two things; write all files with the same classes in one "
+                "order (in `datasets`, cast_column to one ClassLabel)"
+            )
+
+
+def _names(classes: Sequence[Sequence[str]]) -> str:
+    shown = [name for names in classes for name in names]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
 
 
 def _columns(schema: pa.Schema) -> str:

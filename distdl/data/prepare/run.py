@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from distdl.data.catalogue import CATALOGUE
+from distdl.data.catalogue import CATALOGUE, Entry
 from distdl.data.index import INDEX_FILE, Index, hash_file, read_index
 from distdl.data.prepare.building import Building, building, check_free, check_room, disk_errors
 from distdl.data.prepare.draft import Draft, make_draft
@@ -94,7 +94,9 @@ def _prepare(
     if not (made.dataset / INDEX_FILE).is_file():  # else a kill came between the index and the rename
         if source is None:
             point("prepare.source")
-            source = materialise(found, made.source, entry.class_names if entry else None)
+            source = materialise(
+                found, made.source, entry.class_names if entry else None, _texts(options, entry)
+            )
         merged = with_entry(options, entry, list(source.schema.names))
         draft = make_draft(source, merged, entry, made)
         records = _make_shards(draft, merged, made, progress, say if state == "again" else lambda text: None)
@@ -129,6 +131,14 @@ def _name_of(job: dict[str, Any]) -> str:
 def _was_made_by(out: Path, job: dict[str, Any]) -> bool:
     """Whether `out` is whole and the result of this very job, so that the same command can be run again."""
     return (out / INDEX_FILE).is_file() and read_index(out).prepared.get("job") == _name_of(job)
+
+
+def _texts(options: Options, entry: Entry | None) -> set[str]:
+    """The columns that are text, by the names that the source has for them."""
+    renamed = {**(entry.rename if entry else {}), **options.rename}
+    old = {new: old for old, new in renamed.items()}
+    named = {*options.classes, *options.tokenize, *(entry.tokenize if entry else ())}
+    return {old.get(name, name) for name in named}
 
 
 def _make_shards(

@@ -7,7 +7,7 @@ pyarrow does not read by row number (CSV, JSON, IDX, ...) first become Arrow str
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,9 +17,11 @@ from typing import Any
 import pyarrow as pa
 
 from distdl.data.folders import Splits, files_in, split_files, split_of
+from distdl.data.huggingface import canonical_type, has_type, read_features
 from distdl.data.index import INDEX_FILE, read_index, resolve
+from distdl.data.prepare.convert import canonical
 from distdl.data.prepare.idx import find_idx, idx_schema, idx_table
-from distdl.data.prepare.mediafolder import IMAGES, class_tables, described_tables, find_described
+from distdl.data.prepare.mediafolder import IMAGES, SPLITS, class_tables, described_tables, find_described
 from distdl.data.prepare.parallel import find_pairs, parallel_batches, parallel_schema
 from distdl.data.prepare.readers import Piece, Source, in_tables, read_ids, source_of
 from distdl.data.prepare.sound import SOUNDS
@@ -129,6 +131,12 @@ def _layouts(folder: Path) -> Iterator[Found]:
         splits: Splits = {}
         for file in series:
             splits.setdefault(_ts_split(file), []).append(file)
+        for split, files in splits.items():
+            if len(files) > 1:
+                raise DataError(
+                    f"{folder} has several series files of split {split!r}: "
+                    f"{', '.join(f.name for f in files)}. Each problem needs a folder of its own"
+                )
         yield Found("ts", splits, folder)
     tables = False
     for kind in ("parquet", "csv", "json", "text"):
@@ -145,15 +153,17 @@ def _layouts(folder: Path) -> Iterator[Found]:
 def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
     """SPLIT/CLASS/file where every class folder lies in a split's, else CLASS/file, all "train"."""
     found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
+    found = [f for f in found if not any(_is_litter(part) for part in f.relative_to(folder).parts)]
     depths = {len(f.relative_to(folder).parts) for f in found}
     if depths == {3}:
         splits: Splits = {}
         for file in found:
             splits.setdefault(file.relative_to(folder).parts[0], []).append(file)
         return splits
-    if depths == {2}:
+    splits_alone = {f.relative_to(folder).parts[0] for f in found} <= set(SPLITS)
+    if depths == {2} and not splits_alone:
         return {"train": found}
-    if depths == {1}:
+    if depths == {1} or depths == {2}:
         raise DataError(
             f"{folder} holds {found[0].name} and others without a folder for their class: expected "
             "CLASS/file or SPLIT/CLASS/file, or a metadata.csv that names them"
@@ -166,15 +176,23 @@ def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
     return {}
 
 
+def _is_litter(part: str) -> bool:
+    """What tools leave in folders, and is no class: .ipynb_checkpoints, __MACOSX."""
+    return part.startswith(".") or part == "__MACOSX"
+
+
 def _ts_split(file: Path) -> str:
     end = file.stem.rpartition("_")[2].lower()
     return end if end in ("train", "test", "validation") else split_of(file)
 
 
-def materialise(found: Found, scratch: Path, class_names: tuple[str, ...] | None) -> Source:
+def materialise(
+    found: Found, scratch: Path, class_names: tuple[str, ...] | None, text: Collection[str] = ()
+) -> Source:
     """The rows of `found` as Arrow or Parquet files; what has to be made is made in `scratch`.
 
-    `class_names` are for numbers that have none. Raises DataError.
+    `class_names` are for numbers that have none; columns of CSV that are in `text` are text, whatever they
+    look like. Raises DataError.
     """
     if found.kind in ("parquet", "arrow"):
         return source_of(found.files, "parquet" if found.kind == "parquet" else "arrow")
@@ -182,7 +200,7 @@ def materialise(found: Found, scratch: Path, class_names: tuple[str, ...] | None
     if found.kind == "hub":
         return _from_hub(found)
     if found.kind in ("csv", "json", "text"):
-        return _with_datasets(found, scratch)
+        return _with_datasets(found, scratch, text)
     schema, splits = _tables(found, class_names)
     files: Splits = {}
     for split, tables in splits.items():
@@ -204,12 +222,18 @@ def unrolled(source: Source, shard_rows: int, scratch: Path) -> Source:
             if max(piece.groups, default=0) > 2 * shard_rows:
                 scratch.mkdir(parents=True, exist_ok=True)
                 target = scratch / f"{split}-{number:05d}.arrow"
-                tables = in_tables(read_ids([piece], range(piece.rows)), _UNROLLED_ROWS)
-                write_stream(target, source.schema.remove_metadata(), tables)
+                tables = map(_plain, in_tables(read_ids([piece], range(piece.rows)), _UNROLLED_ROWS))
+                fields = [pa.field(f.name, canonical_type(f.type)) for f in source.schema]
+                write_stream(target, pa.schema(fields), tables)
                 piece = Piece(str(target), "arrow", piece.rows)
             found.append(piece)
         splits[split] = tuple(found)
     return Source(splits, source.schema)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without dictionaries, which a stream would have to hold beside its rows."""
+    return pa.table({name: canonical(table.column(name).combine_chunks()) for name in table.column_names})
 
 
 def _tables(
@@ -236,25 +260,41 @@ def _tables(
     }
 
 
-def _with_datasets(found: Found, scratch: Path) -> Source:
+def _with_datasets(found: Found, scratch: Path, text: Collection[str]) -> Source:
     """CSV, JSON lines and text through the builders of `datasets`, whose cache is `scratch`."""
     # Escaped, because `datasets` reads `*`, `?` and `[` in a path as patterns.
     files = {s: [glob.escape(str(f.absolute())) for f in members] for s, members in found.files.items()}
     cache = str(scratch / "datasets")
     first = next(iter(found.files.values()))[0]
     tabs = {_has_tabs(file) for members in files.values() for file in members}
+    # "007" is a code, and would be read as 7. A mark at the beginning of a text file is no part of its text.
+    plain: dict[str, Any] = {"converters": dict.fromkeys(text, str)} if found.kind == "csv" and text else {}
+    plain |= {"encoding": "utf-8-sig"} if found.kind == "text" else {}
     if len(tabs) == 1:
-        options = {"sep": "\t"} if tabs == {True} else {}
+        options = plain | ({"sep": "\t"} if tabs == {True} else {})
         loaded = _load(found.kind, str(first), data_files=files, cache_dir=cache, **options)
-        return source_of(_arrow_files(loaded), "arrow")
+        return _checked(source_of(_arrow_files(loaded), "arrow"), first)
     made: Splits = {}
     for split, members in files.items():
         for tab, group in groupby(members, _has_tabs):  # one separator a call
             some = {split: list(group)}
-            options = {"sep": "\t"} if tab else {}
+            options = plain | ({"sep": "\t"} if tab else {})
             loaded = _load(found.kind, some[split][0], data_files=some, cache_dir=cache, **options)
             made.setdefault(split, []).extend(_arrow_files(loaded)[split])
-    return source_of(made, "arrow")
+    return _checked(source_of(made, "arrow"), first)
+
+
+def _checked(source: Source, first: Path) -> Source:
+    """Raises DataError for what the readers of CSV and JSON make of rows that do not fit together."""
+    if "__index_level_0__" in source.schema.names:
+        raise DataError(f"{first} or a file beside it has rows with one field more than its header has names")
+    for column, feature in read_features(source.schema).items():
+        if has_type(feature, "Json"):
+            raise DataError(
+                f"column {column!r} of {first} and the files beside it has values of several types (text and "
+                "numbers, say): write them as one"
+            )
+    return source
 
 
 def _has_tabs(file: str) -> bool:
