@@ -134,10 +134,14 @@ def _check_meaning(column: str, first: Field, other: Field, here: str, there: st
             f"{other.classes[at]!r} in {there}: prepare them from files with the same classes in one order"
         )
     if first.meaning and other.meaning and first.meaning != other.meaning:
+        cure = (
+            f"--tokenizer and the {TOKENIZER_FILE} of {here}"
+            if first.vocabulary
+            else "the same --sample-rate"
+        )
         raise DataError(
             f"data.mixture: the numbers of column {column!r} mean other things in {here} ({first.meaning}) "
-            f"and in {there} ({other.meaning}): prepare one as the other was (--tokenizer "
-            f"{here}/{TOKENIZER_FILE}, --sample-rate)"
+            f"and in {there} ({other.meaning}): prepare {there} anew, with {cure}"
         )
 
 

@@ -20,7 +20,7 @@ from distdl.data.prepare.mediafolder import IMAGES, medium, paths
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.data.prepare.sound import SOUNDS
-from distdl.data.prepare.sources import find, materialise
+from distdl.data.prepare.sources import find, is_litter, materialise
 from distdl.data.saved import is_saved
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import Batch, Rows
@@ -106,8 +106,9 @@ def _place(given: Path, wanted: Wanted, scratch: Path, split: str | None) -> tup
     found = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
     column = wanted.inputs[0]
     field = wanted.fields[column]
-    texts = [p for p in found if p.suffix.lower() == ".txt"]
-    if texts and given.is_dir() and split is None and field.shape == (None,) and "int" in field.dtype:
+    seen = [p for p in found if not any(map(is_litter, p.relative_to(given).parts))] if given.is_dir() else []
+    texts = [p for p in seen if p.suffix.lower() == ".txt"]
+    if texts and texts == seen and split is None and field.shape == (None,) and "int" in field.dtype:
         values = pa.array([_text(p) for p in texts], pa.string())
         return _written(column, values, feature_of(pa.string()), scratch), [str(p) for p in texts]
     suffixes = SOUNDS if _is_series(field) else IMAGES
@@ -132,7 +133,7 @@ def _place(given: Path, wanted: Wanted, scratch: Path, split: str | None) -> tup
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except ValueError as error:
         raise DataError(f"{file} is no text in UTF-8: {error}") from error
 
@@ -164,7 +165,8 @@ def _numbers(file: Path, field: Field, recent: bool) -> npt.NDArray[np.float32]:
     """
     with file.open(encoding="utf-8", newline="") as lines:
         header, *rows = [*csv.reader(lines)] or [[]]
-    if header and all(_is_number(name) for name in header):
+    counted = header == [str(i) for i in range(len(header))]  # as pandas names columns without names
+    if header and not counted and all(_is_number(name) for name in header):
         raise DataError(f"{file} begins with numbers; expected a header, the names of the columns")
     if len(field.shape) == 1:
         rows = _one_column(file, header, rows)
@@ -278,11 +280,14 @@ def _check_bands(opened: Ready, like: Ready, wanted: Wanted) -> None:
 def _fitted(name: str, column: npt.NDArray[Any] | Ragged, field: Field) -> npt.NDArray[Any] | Ragged:
     """The column as the dataset stores it: `Ragged` where the rows of the dataset differ in length."""
     varies = field.shape[:1] == (None,)
-    kind = getattr(column, "dtype", None)
-    if field.dtype == "uint8" and kind is not None and kind != np.uint8:
-        raise DataError(
-            f"column {name!r} of the input is {kind}, and the model was trained on uint8: give it as 0 to 255"
-        )
+    if field.dtype == "uint8" and isinstance(column, np.ndarray) and column.dtype != np.uint8:
+        fits = column.dtype.kind in "iu" and (not column.size or 0 <= column.min() <= column.max() < 256)
+        if not fits:
+            raise DataError(
+                f"column {name!r} of the input is {column.dtype}; the model was trained on uint8: give it "
+                "so, 0 to 255"
+            )
+        column = column.astype(np.uint8)
     if isinstance(column, np.ndarray) and varies and column.ndim > 1:
         lengths = np.full(len(column), column.shape[1], np.int64)
         column = Ragged(column.reshape(-1, *column.shape[2:]), lengths)

@@ -10,6 +10,8 @@ from typing import Any
 from distdl.recipe.schema import Recipe
 
 NOT_MATHEMATICS = frozenset({"hardware", "launch", "checkpoint", "run", "track"})
+_LATER = {"translation": ("source_vocabulary", "target_vocabulary"), "transcription": ("vocabulary",)}
+"""Keys of tasks that came after runs of them: at null they are left out, so that those runs go on."""
 _ABSENT = "(absent)"
 
 
@@ -25,6 +27,9 @@ def mathematics(recipe: Recipe) -> dict[str, Any]:
     if recipe.init.from_ is None:
         exclude["init"] = True
     result: dict[str, Any] = _positive_zeros(recipe.model_dump(mode="json", by_alias=True, exclude=exclude))
+    for key in _LATER.get(recipe.task.name, ()):
+        if result["task"].get(key) is None:
+            result["task"].pop(key, None)
     if recipe.data.mixture is not None:
         result["data"]["mixture"] = list(recipe.data.mixture.values())
     return result

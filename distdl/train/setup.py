@@ -221,7 +221,7 @@ def _make(
 def announce(o: Opening, start: WarmStart, feed: Feed) -> None:
     """Rank 0 says, and writes down, which weights the run begins with and which were left out."""
     if o.world.is_main:
-        for line in filter(None, [*start.lines(), other_tokens(start.path, feed)]):
+        for line in filter(None, [*start.lines(), other_tokens(start, feed)]):
             o.notices.say(line)
         o.directory.event("warm_start", rank=0, **start.facts())
 

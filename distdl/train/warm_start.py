@@ -85,14 +85,14 @@ def _find(named: str) -> str:
     return str(path)
 
 
-def other_tokens(path: Place, feed: Feed) -> str | None:
-    """Local. What a person is told where the weights in `path` are of a run with another tokenizer than the
-    data of `feed`: tensors are matched by name and shape, and a token would have another word's vector. None
-    where it had the same, or where that cannot be seen.
+def other_tokens(start: WarmStart, feed: Feed) -> str | None:
+    """Local. What a person is told where an embedding is among the weights and their run had another
+    tokenizer than the data of `feed`: tensors are matched by name and shape, and a token would have another
+    word's vector. None where it had the same, or where that cannot be seen.
     """
-    recipe, ours = recipe_of(path), feed.parts[0].folder / TOKENIZER_FILE
+    recipe, ours = recipe_of(start.path), feed.parts[0].folder / TOKENIZER_FILE
     try:
-        if recipe is None or not ours.is_file():
+        if recipe is None or not ours.is_file() or not any("embed" in n for n in start.paired.names):
             return None
         theirs = locate(*next(iter(named(load_recipe(recipe).data)))) / TOKENIZER_FILE
         if theirs.read_bytes() == ours.read_bytes():

@@ -135,6 +135,10 @@ def test_lines_of_text_are_read_with_the_tokenizer_of_the_dataset(tmp_path: Path
     letters = predicted(recipe, tmp_path / "letters")
     assert [Path(p["file"]).name for p in letters] == ["m-0.txt", "m-1.txt", "m-2.txt", "m-3.txt"]
     assert [p["probability"] for p in letters] == pytest.approx([p["probability"] for p in found])
+    (tmp_path / "letters" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "letters" / ".ipynb_checkpoints" / "m-0.txt").write_text("an old one")
+    (tmp_path / "letters" / "m-0.txt").write_text(texts[0] + "\n")
+    assert predicted(recipe, tmp_path / "letters") == letters
     (tmp_path / "letters" / "m-4.txt").write_bytes(b"\xff\xfe")
     code, said = distdl("predict", str(recipe), "--input", str(tmp_path / "letters"), "--out", "no.csv")
     assert code == 5

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distdl.data.huggingface import class_label, class_names, is_image, is_sound, read_features
+from distdl.data.huggingface import class_label, class_names, has_type, is_image, is_sound, read_features
 from distdl.data.order.kinds import Full
 from distdl.data.prepare.convert import (
     Conversion,
@@ -86,6 +88,12 @@ def choose_columns(source: Source, options: Options, numbered: tuple[str, ...] |
     if any("/" in name or name.startswith(".") for name in result):
         raise DataError(f"columns {result}: a name may not hold '/' or begin with '.'; use --rename old=new")
     found = read_features(source.schema)
+    for column in columns:
+        if has_type(found.get(column), "Json"):
+            raise DataError(
+                f"column {column!r} has values of several types, or objects of several kinds: write them as "
+                "one, or leave the column out (--columns)"
+            )
     features = {names.get(c, c): found[c] for c in columns if c in found}
     label = source.schema.field(columns[result.index("label")]).type if "label" in result else pa.null()
     if numbered and pa.types.is_integer(label) and not class_names(features.get("label")):
@@ -177,8 +185,24 @@ def choose_classes(
                     )
                 require_no_nulls(array, name, _in_split(part))
                 values.update(pc.unique(array).to_pylist())
-        found[name] = tuple(str(value) for value in sorted(values))  # type: ignore[type-var]
+        found[name] = _in_order(name, values)
     return replace(conversion, classes=found)
+
+
+def _in_order(column: str, values: set[Any]) -> tuple[str, ...]:
+    """The names of classes, sorted: as numbers where all of them are written as one writes whole numbers, as
+    those of other formats are. Raises DataError for fractions.
+    """
+    texts = [str(value) for value in values]
+    if all(re.fullmatch(r"0|-?[1-9]\d*", text) for text in texts):
+        return tuple(sorted(texts, key=int))
+    if all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text) for text in texts) and any(
+        not text.lstrip("-+").isdigit() for text in texts
+    ):
+        raise DataError(
+            f"--classes {column}: the column has numbers such as {min(texts)}; expected text or integers"
+        )
+    return tuple(sorted(texts))
 
 
 def choose_tokenizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,16 @@ _ORIENTATION = 0x0112
 
 
 def _orientation(image: Any) -> int:
-    return int(image.getexif().get(_ORIENTATION, 1))
+    """1 to 8; 1, upright, where it is not said, or damaged."""
+    from PIL import Image
+
+    if image.format == "TIFF":  # which PIL turns by itself
+        return 1
+    try:
+        found = Image.Image.getexif(image).get(_ORIENTATION, 1)  # that of PNG would decode all of it
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _upright(image: Any) -> Any:
@@ -81,7 +91,7 @@ def _eight_bits(image: Any, where: str) -> Any:
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """(height, width) of an encoded image as it is shown. Raises DataError."""
+    """(height, width) of an encoded image as it is shown; reads its head only. Raises DataError."""
     with _open(data, where) as image:
         return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
 

@@ -105,31 +105,35 @@ def _by_split(file: Path, paths: list[Path], root: bool) -> Splits:
 def described_tables(splits: Splits) -> tuple[pa.Schema, dict[str, Iterator[pa.Table]]]:
     """Columns `image` or `audio`, and those of the metadata; what CSV has is text."""
     column, feature = medium([file for files in splits.values() for file in files[1:]])
-    tables: dict[str, Iterator[pa.Table]] = {}
-    schema: pa.Schema | None = None
+    known: dict[str, pa.Table] = {}
+    kinds: dict[str, pa.DataType] = {}
     for split, (file, *files) in splits.items():
         table = _read(file)
         chosen = set(files)
         mine = pa.array([path in chosen for path in _named(file, table)])
-        known = table.filter(mine).drop_columns(["file_name"])
-        if column in known.column_names:
+        known[split] = table.filter(mine).drop_columns(["file_name"])
+        if column in known[split].column_names:
             raise DataError(f"{file} has a column {column!r}, which the files themselves are; rename it")
-        if schema is None:
-            features = {column: feature} | {f.name: feature_of(f.type) for f in known.schema}
-            schema = with_features(pa.schema([pa.field(column, FILE), *known.schema]), features)
-        names = [name for name in schema.names if name != column]
-        if {*known.column_names} != {*names}:
-            raise DataError(f"{file} has columns {known.column_names}, and another split {names}")
-        columns = [paths(files), *(_as(known, name, schema.field(name).type, file) for name in names)]
+        for field in known[split].schema:
+            if pa.types.is_null(kinds.get(field.name, pa.null())):
+                kinds[field.name] = field.type
+    features = {column: feature} | {name: feature_of(kind) for name, kind in kinds.items()}
+    schema = with_features(pa.schema({column: FILE, **kinds}), features)
+    tables = {}
+    for split, (file, *files) in splits.items():
+        columns = [paths(files), *(_as(known[split], name, kind, file) for name, kind in kinds.items())]
         tables[split] = iter([pa.table(columns, schema=schema)])
-    assert schema is not None, "called where there is metadata"
     return schema, tables
 
 
-def _as(table: pa.Table, name: str, kind: pa.DataType, file: Path) -> pa.ChunkedArray:
+def _as(table: pa.Table, name: str, kind: pa.DataType, file: Path) -> pa.Array:
+    """Nulls where this split does not have the column: whoever keeps it is told of the first."""
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, kind)
+    own = table.column(name).type
     try:
-        if pa.types.is_boolean(kind) != pa.types.is_boolean(table.column(name).type):
-            raise pa.ArrowInvalid(f"it is {table.column(name).type}")  # 2 would become true
+        if pa.types.is_boolean(kind) != pa.types.is_boolean(own) and not pa.types.is_null(own):
+            raise pa.ArrowInvalid(f"it is {own}")  # 2 would become true
         return table.column(name).cast(kind)
     except pa.ArrowException as error:
         raise DataError(f"{file}, column {name!r}: {error}; it is {kind} in another split") from error

@@ -27,6 +27,9 @@ from distdl.errors import DistdlError
 from distdl.testing.faults import point
 from distdl.version import __version__
 
+_CONVERSION = "2"
+"""Raised where the same source and options give other rows, so that an older result is not taken for it."""
+
 Progress = Callable[[int, int], None]
 """Told how many rows are done, and how many there are."""
 Say = Callable[[str], None]
@@ -185,7 +188,7 @@ def _prepared(given: str, found: Found, options: Options, records: dict[str, lis
 
 
 def _versions() -> dict[str, str]:
-    return {"distdl": __version__, "pyarrow": pa.__version__}
+    return {"distdl": __version__, "pyarrow": pa.__version__, "conversion": _CONVERSION}
 
 
 def _say_cut(index: Index, say: Say) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from distdl.data.folders import Splits, files_in, split_files, split_of
-from distdl.data.huggingface import canonical_type, has_type, read_features
+from distdl.data.huggingface import canonical_type
 from distdl.data.index import INDEX_FILE, read_index, resolve
 from distdl.data.prepare.convert import canonical
 from distdl.data.prepare.idx import find_idx, idx_schema, idx_table
@@ -132,7 +132,7 @@ def _layouts(folder: Path) -> Iterator[Found]:
         for file in series:
             splits.setdefault(_ts_split(file), []).append(file)
         for split, files in splits.items():
-            if len(files) > 1:
+            if len({_problem_of(file) for file in files}) > 1:
                 raise DataError(
                     f"{folder} has several series files of split {split!r}: "
                     f"{', '.join(f.name for f in files)}. Each problem needs a folder of its own"
@@ -153,15 +153,15 @@ def _layouts(folder: Path) -> Iterator[Found]:
 def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
     """SPLIT/CLASS/file where every class folder lies in a split's, else CLASS/file, all "train"."""
     found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
-    found = [f for f in found if not any(_is_litter(part) for part in f.relative_to(folder).parts)]
+    found = [f for f in found if not any(is_litter(part) for part in f.relative_to(folder).parts)]
     depths = {len(f.relative_to(folder).parts) for f in found}
     if depths == {3}:
         splits: Splits = {}
         for file in found:
             splits.setdefault(file.relative_to(folder).parts[0], []).append(file)
         return splits
-    splits_alone = {f.relative_to(folder).parts[0] for f in found} <= set(SPLITS)
-    if depths == {2} and not splits_alone:
+    names = {f.relative_to(folder).parts[0] for f in found}
+    if depths == {2} and not (len(names) > 1 and names <= set(SPLITS)):
         return {"train": found}
     if depths == {1} or depths == {2}:
         raise DataError(
@@ -176,7 +176,13 @@ def _class_splits(folder: Path, suffixes: tuple[str, ...]) -> Splits:
     return {}
 
 
-def _is_litter(part: str) -> bool:
+def _problem_of(file: Path) -> str:
+    """NAME of NAME_TRAIN.ts."""
+    name, _, end = file.stem.rpartition("_")
+    return name if end.lower() in ("train", "test", "validation") else ""
+
+
+def is_litter(part: str) -> bool:
     """What tools leave in folders, and is no class: .ipynb_checkpoints, __MACOSX."""
     return part.startswith(".") or part == "__MACOSX"
 
@@ -268,7 +274,9 @@ def _with_datasets(found: Found, scratch: Path, text: Collection[str]) -> Source
     first = next(iter(found.files.values()))[0]
     tabs = {_has_tabs(file) for members in files.values() for file in members}
     # "007" is a code, and would be read as 7. A mark at the beginning of a text file is no part of its text.
-    plain: dict[str, Any] = {"converters": dict.fromkeys(text, str)} if found.kind == "csv" and text else {}
+    plain: dict[str, Any] = (
+        {"converters": dict.fromkeys(text, _as_text)} if found.kind == "csv" and text else {}
+    )
     plain |= {"encoding": "utf-8-sig"} if found.kind == "text" else {}
     if len(tabs) == 1:
         options = plain | ({"sep": "\t"} if tabs == {True} else {})
@@ -285,16 +293,19 @@ def _with_datasets(found: Found, scratch: Path, text: Collection[str]) -> Source
 
 
 def _checked(source: Source, first: Path) -> Source:
-    """Raises DataError for what the readers of CSV and JSON make of rows that do not fit together."""
+    """Raises DataError for CSV whose rows do not fit its header: all its columns would move by one."""
     if "__index_level_0__" in source.schema.names:
-        raise DataError(f"{first} or a file beside it has rows with one field more than its header has names")
-    for column, feature in read_features(source.schema).items():
-        if has_type(feature, "Json"):
-            raise DataError(
-                f"column {column!r} of {first} and the files beside it has values of several types (text and "
-                "numbers, say): write them as one"
-            )
+        raise DataError(
+            f"{first} or a file beside it has rows with one field more than its header has names: name the "
+            "first column too, or take the last field away"
+        )
     return source
+
+
+def _as_text(field: str) -> str:
+    """As it stands, but for spaces around a number: "1, 7"."""
+    bare = field.strip()
+    return bare if bare.lstrip("+-").replace(".", "", 1).isdigit() else field
 
 
 def _has_tabs(file: str) -> bool:

@@ -137,6 +137,7 @@ def decode(tokenizer: str, tokens: Sequence[int]) -> str:
     return str(_parsed(tokenizer).decode(list(tokens), skip_special_tokens=False))
 
 
+@functools.lru_cache(maxsize=2)
 def unknown(tokenizer: str) -> int | None:
     """The id that stands for every word that the tokenizer does not know; None where it has none."""
     model = json.loads(tokenizer)["model"]

@@ -108,9 +108,12 @@ def test_weights_of_another_tokenizer_are_said_to_be(tmp_path: Path) -> None:
     run, weights = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001"
     weights.mkdir(parents=True)
 
+    copied = {"embedding.weight": "embedding.weight"}
+
     def said(folder: str) -> str | None:
         feed: Any = SimpleNamespace(parts=[SimpleNamespace(folder=tmp_path / folder)])
-        return other_tokens(weights, feed)
+        start: Any = SimpleNamespace(path=weights, paired=SimpleNamespace(names=copied))
+        return other_tokens(start, feed)
 
     assert said("other") is None  # a checkpoint in no run
     recipe = {
@@ -127,5 +130,8 @@ def test_weights_of_another_tokenizer_are_said_to_be(tmp_path: Path) -> None:
     found = said("other")
     assert found is not None
     assert f"prepare the data with --tokenizer {tmp_path / 'first' / 'tokenizer.json'}" in found
+    copied.clear()
+    assert said("other") is None  # the embedding is the model's own
+    copied["embedding.weight"] = "embedding.weight"
     (tmp_path / "first" / "tokenizer.json").unlink()
     assert said("other") is None

@@ -131,6 +131,14 @@ def test_hashes_differ_exactly_where_there_are_differences(a: Recipe, b: Recipe)
     assert json.loads(json.dumps(mathematics(a))) == mathematics(a)
 
 
+def test_keys_that_came_later_are_no_part_of_the_hash_until_they_are_given() -> None:
+    """Runs that were begun without them go on."""
+    plain = {**BASE, "task": {"name": "transcription"}}
+    given = {**BASE, "task": {"name": "transcription", "vocabulary": 9}}
+    assert mathematics(parse_recipe(plain))["task"] == {"name": "transcription", "standardise": True}
+    assert mathematics(parse_recipe(given))["task"]["vocabulary"] == 9
+
+
 CHANGES: dict[str, Any] = {
     "task.label_smoothing": 0.1,
     "task.mixup": 0.2,
