@@ -125,7 +125,7 @@ def test_a_users_own() -> None:
     assert isinstance(net, nn.Linear)
     assert (net.in_features, net.out_features) == (2, 12)
     net = model_factory("core_user_models:everything", {"depth": 2})(**OFFERED)
-    assert net.given == OFFERED | {"depth": 2}
+    assert net.given == {"depth": 2}  # a ** may be handed on to a library's network, with words of its own
 
 
 @pytest.mark.usefixtures("user_models")
