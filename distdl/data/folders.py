@@ -57,6 +57,11 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.name.endswith(suffixes) and not f.name.startswith("."))
 
 
+def is_litter(part: str) -> bool:
+    """What tools leave in folders, and is no class: .ipynb_checkpoints, __MACOSX."""
+    return part.startswith(".") or part == "__MACOSX"
+
+
 def split_of(file: Path) -> str:
     """The split that a file's name gives. Raises DataError where it gives none."""
     stem = _stem(file)

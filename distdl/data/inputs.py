@@ -13,14 +13,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distdl.data.folders import is_litter
 from distdl.data.huggingface import feature_of, with_features
 from distdl.data.index import INDEX_FILE, TOKENIZER_FILE
 from distdl.data.opening import Ready, open_split, ready
+from distdl.data.prepare.layouts import find
 from distdl.data.prepare.mediafolder import IMAGES, medium, paths
 from distdl.data.prepare.options import Options
 from distdl.data.prepare.run import prepare
 from distdl.data.prepare.sound import SOUNDS
-from distdl.data.prepare.sources import find, is_litter, materialise
+from distdl.data.prepare.sources import materialise
 from distdl.data.saved import is_saved
 from distdl.data.table.ragged import Ragged
 from distdl.data.table.rows import Batch, Rows
@@ -113,7 +115,6 @@ def _place(given: Path, wanted: Wanted, scratch: Path, split: str | None) -> tup
         return _written(column, values, feature_of(pa.string()), scratch), [str(p) for p in texts]
     suffixes = SOUNDS if _is_series(field) else IMAGES
     media = [p for p in found if p.suffix.lower() in suffixes]
-    scratch.mkdir(parents=True, exist_ok=True)
     if media:
         return _written(column, paths(media), medium(media)[1], scratch), [str(p) for p in media]
     series = [p for p in found if p.suffix == ".csv"] if _is_series(field) else []
@@ -144,6 +145,7 @@ def _columns(series: npt.NDArray[np.float32]) -> str:
 
 def _written(column: str, values: pa.Array, feature: Any, scratch: Path) -> Path:
     schema = with_features(pa.schema([pa.field(column, values.type)]), {column: feature})
+    scratch.mkdir(parents=True, exist_ok=True)
     file = scratch / "input.parquet"
     pq.write_table(pa.table([values], schema=schema), file)
     return file

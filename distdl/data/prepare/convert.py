@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +236,8 @@ def decode_column(column: pa.Array, name: str, picture: Picture, where: RowName)
         if picture.numbers:
             images.append(decode_classes(data, label, size=picture.size))
         else:
-            picture_of = partial(decode_image, grey=picture.grey, convert=picture.convert, size=picture.size)
-            images.append(picture_of(data, label))
+            grey, convert, size = picture.grey, picture.convert, picture.size
+            images.append(decode_image(data, label, grey=grey, convert=convert, size=size))
         if images[-1].shape != images[0].shape:
             raise size_error(name, images[0].shape, where(0), images[-1].shape, where(row))
     return to_fixed_lists(np.stack(images))

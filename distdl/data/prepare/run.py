@@ -18,10 +18,11 @@ from distdl.data.index import INDEX_FILE, Index, hash_file, read_index
 from distdl.data.prepare.building import Building, building, check_free, check_room, disk_errors
 from distdl.data.prepare.draft import Draft, make_draft
 from distdl.data.prepare.finish import finish
+from distdl.data.prepare.layouts import Found, find
 from distdl.data.prepare.options import Options, with_entry
 from distdl.data.prepare.readers import Source
 from distdl.data.prepare.shards import Record, read_record, run_jobs
-from distdl.data.prepare.sources import Found, find, materialise
+from distdl.data.prepare.sources import materialise
 from distdl.data.prepare.tokenize import tokenizer_file
 from distdl.errors import DistdlError
 from distdl.testing.faults import point
